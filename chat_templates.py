@@ -1,0 +1,118 @@
+"""Chat templates: one Jinja file each in `configs/chat_templates/`, or the tokenizer's own.
+
+A template file is an ordinary Hugging Face chat template that also sets `stop_strings`, the literal texts at which a response
+is over, and `role_headings`, the literal texts that announce a turn. Add a model family by adding a file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from records import REPOSITORY, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = REPOSITORY / "configs" / "chat_templates"
+TOKENIZER_OWN = "tokenizer"
+_MARK = "\ue000"  # a private-use character, which no instruction holds
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A single-turn prompt format.
+
+    Args:
+        name: the file's name without `.jinja`, or "tokenizer".
+        source: the Jinja text.
+        stop_strings: literal texts that end a response.
+        role_headings: literal texts that announce a turn.
+        special_tokens: what the Jinja text may ask for (`bos_token`, `eos_token` ...).
+    """
+
+    name: str
+    source: str
+    stop_strings: tuple[str, ...]
+    role_headings: tuple[str, ...]
+    special_tokens: dict[str, str] = field(default_factory=dict)
+
+    def render(self, instruction: str) -> str:
+        """The prompt up to where the response begins."""
+        return self.render_chat([{"role": "user", "content": instruction}], add_generation_prompt=True)
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery."""
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens
+        )
+        return rendered[0]
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and after the instruction in a prompt, without outer white space."""
+        before, after = self.render(_MARK).split(_MARK)
+        return before.strip(), after.strip()
+
+    def raw_instruction(self, prompt: str) -> str:
+        """The instruction inside a rendered prompt; a text that is not a rendered prompt comes back stripped."""
+        before, after = self._frame
+        text = prompt.strip()
+        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            text = text[len(before) : len(text) - len(after)]
+        return text.strip()
+
+    def strip_response(self, response: str) -> str:
+        """The response up to the first stop string, without outer newlines and spaces (before and after the cut)."""
+        text = response.strip("\n ")
+        if self.stop_strings:
+            text = re.split("|".join(map(re.escape, self.stop_strings)), text, maxsplit=1)[0]
+        return text.strip("\n ")
+
+
+def template_names() -> list[str]:
+    """The names that `load_template` knows."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja")) + [TOKENIZER_OWN]
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate:
+    """Load a template by name; "tokenizer" is the tokenizer's own, with its special tokens as stop strings and role headings.
+
+    Raises:
+        InputError: an unknown name, a file that lacks `stop_strings` or `role_headings`, or a tokenizer without a chat template.
+    """
+    if name == TOKENIZER_OWN:
+        if tokenizer is None or not isinstance(tokenizer.chat_template, str):
+            raise InputError("chat template 'tokenizer': this tokenizer has no chat template of its own")
+        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        stops = tuple(sorted({str(token) for token in tokenizer.all_special_tokens}))
+        return ChatTemplate(name, tokenizer.chat_template, stops, stops, special)
+    if name not in template_names():
+        raise InputError(f"unknown chat template '{name}', expected one of {', '.join(template_names())}")
+    return _load_file(FOLDER / f"{name}.jinja")
+
+
+def _load_file(path: Path) -> ChatTemplate:
+    source = path.read_text(encoding="utf-8")
+    variables = ImmutableSandboxedEnvironment().from_string(source).make_module({"messages": []})
+    lists = []
+    for variable in ("stop_strings", "role_headings"):
+        texts = getattr(variables, variable, None)
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise InputError(f"{path}: expected `set {variable} = [...]` with at least one text")
+        lists.append(tuple(texts))
+    return ChatTemplate(path.stem, source, *lists)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts; the tokenizer adds its special tokens unless the prompt already starts with them."""
+    bos = tokenizer.bos_token
+    return [
+        tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), truncation=False)["input_ids"] for prompt in prompts
+    ]

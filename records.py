@@ -1,0 +1,178 @@
+"""Files in and out: rows are read and validated here, outputs are written atomically with their provenance.
+
+Everything a user can get wrong in a file raises `InputError`, whose text is one line naming file, row, field and what was
+expected; `run_main` turns it into that line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+QTYPES = ("OPENENDED", "CONSTRAINED")
+_RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "nltk", "numpy", "scipy")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, where, and what was expected."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C or SIGTERM exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> list[dict]:
+    """Read a list of objects from `.json` (one list) or `.jsonl` (one object a line), either also gzipped (`.gz`).
+
+    Args:
+        path: the file.
+        fields: the fields every row must carry as text; a sequence of strings as value lists what is allowed.
+
+    Returns:
+        The rows, in file order, with all their fields.
+
+    Raises:
+        InputError: no such file, not UTF-8, broken JSON, no rows, or a row whose field is missing or wrong (rows count from 1).
+    """
+    path = Path(path)
+    rows = _parse(path, read_text(path))
+    if not rows:
+        raise InputError(f"{path}: no rows, expected at least one")
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, fields, f"{path}: row {number}")
+    return rows
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file (`.gz` is unpacked). Raises InputError where it is missing or not UTF-8 text."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8 text") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def _parse(path: Path, text: str) -> list:
+    if ".jsonl" in path.suffixes:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}: line {number}: broken JSON ({error.msg} at column {error.colno})") from None
+        return rows
+    if not text.strip():
+        raise InputError(f"{path}: empty file, expected a JSON list of rows")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
+    return rows
+
+
+def _check_row(row: object, fields: Mapping[str, Sequence[str] | None], where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+    for field, allowed in fields.items():
+        if field not in row:
+            raise InputError(f"{where}: field '{field}' is missing, expected text")
+        value = row[field]
+        if not isinstance(value, str):
+            raise InputError(f"{where}: field '{field}' is {type(value).__name__}, expected text")
+        if allowed is not None and value not in allowed:
+            raise InputError(f"{where}: field '{field}' is {value!r}, expected {' or '.join(allowed)}")
+
+
+def require_finite(values: Sequence[float], what: str) -> list[float]:
+    """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite."""
+    values = [float(value) for value in values]
+    for number, value in enumerate(values, start=1):
+        if not math.isfinite(value):
+            raise InputError(f"{what}: row {number} has the value {value}, expected a finite number")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`; it takes target's place when the block ends well and vanishes otherwise.
+
+    Works for files and for directories; an existing target directory is replaced.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = holder / target.name
+    try:
+        yield temporary
+        if temporary.is_dir() and target.is_dir():
+            target.rename(holder / "replaced")
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write `content` as indented UTF-8 JSON, atomically. NaN and infinity raise ValueError: they are not JSON."""
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def provenance(**facts: object) -> dict:
+    """What every output records: commit, package versions and command line, plus the facts given (seed, dtype, model ...)."""
+    return {"commit": _commit(), "packages": _package_versions(), "command": sys.argv, **facts}
+
+
+def _commit() -> str:
+    """The commit of this checkout, with `-dirty` where tracked files differ from it; "unknown" outside a git checkout."""
+    if not (REPOSITORY / ".git").exists() or shutil.which("git") is None:
+        return "unknown"
+    described = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
