@@ -30,13 +30,19 @@ class InputError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C or SIGTERM exit code 130."""
+    """Run a script's `main` and say in one line on stderr why it could not finish.
+
+    Exit codes: 2 for an `InputError`, 1 for a number that is not finite (`FloatingPointError`), 130 for Ctrl-C and SIGTERM.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +87,17 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not a whole gzip file ({error})") from None
 
 
+def read_json(path: str | Path) -> dict:
+    """An object from a JSON file. Raises InputError where the file is missing, broken, or holds something else."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
 def _parse(path: Path, text: str) -> list:
     if ".jsonl" in path.suffixes:
         rows = []
@@ -122,6 +139,12 @@ def require_finite(values: Sequence[float], what: str) -> list[float]:
         if not math.isfinite(value):
             raise InputError(f"{what}: row {number} has the value {value}, expected a finite number")
     return values
+
+
+def rollouts_path(checkpoint: str | Path) -> Path:
+    """Where a checkpoint's AlpacaEval rollouts are; `<same>.meta.json` beside them records how they were made."""
+    checkpoint = Path(os.path.abspath(checkpoint))
+    return checkpoint / f"alpaca-eval-{checkpoint.name}.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

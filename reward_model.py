@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 OPENENDED, CONSTRAINED = QTYPES
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
 DEFAULT_RELEVANCE = "facebook/contriever"
+LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 
 
 # --------------------------------------------------------------------------------------------------------------- features
@@ -408,15 +409,16 @@ def load_gold_reward_model(name_or_path: str = DEFAULT_GOLD, device: str | None 
     return SequenceClassificationRMForInference(name_or_path, device=device, batch_size=batch_size)
 
 
-def check_gold_name(name_or_path: str) -> None:
-    """Raise InputError for a gold that cannot be loaded, as far as can be told without loading anything."""
+def check_model_name(name_or_path: str) -> None:
+    """Raise InputError for a model that cannot be loaded, as far as can be told without loading anything."""
     path = Path(name_or_path)
     if (path / "adapter_config.json").is_file():
         adapter_base(name_or_path)
     elif path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{name_or_path}: no config.json, expected a folder of a reward model or of its adapter")
-    elif not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
-        raise InputError(f"{name_or_path}: no such folder, and not a hub name of the form owner/model")
+        raise InputError(f"{name_or_path}: no config.json in this folder, expected a model or an adapter")
+    elif not path.is_dir() and (name_or_path.startswith(LOCAL_PREFIXES) or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path)):
+        hint = "; `python embedded_models.py` unpacks the embedded models" if name_or_path.startswith("models/") else ""
+        raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
 
 
 def adapter_base(adapter: str | Path) -> str:
@@ -429,8 +431,7 @@ def adapter_base(adapter: str | Path) -> str:
     for candidate in (Path(base), REPOSITORY / base):
         if candidate.is_dir():
             return str(candidate)
-    if base.startswith(("models/", "/", ".")):
-        raise InputError(f"{adapter}: its base model {base} is missing; `python embedded_models.py` unpacks the embedded ones")
+    check_model_name(base)
     return base
 
 

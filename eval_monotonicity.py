@@ -1,0 +1,291 @@
+"""Did the proxy capture what gold wants? Mean proxy and mean gold score of every checkpoint, and SpearmanR between them.
+
+    python eval_monotonicity.py --output_dir=outputs --model_prefix=full                # every checkpoint with rollouts but the start
+    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --steps 500 1000 1500 --gold_model=owner/reward-model
+    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, gold
+
+Reads <output_dir>/<model_prefix>_step_<k>/alpaca-eval-*.json, which `evaluation.py` writes. The proxy's settings are those of the
+run's own record. Writes monotonicity.json and monotonicity.png to <output_dir>/<model_prefix>_monotonicity/.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from records import (
+    QTYPES,
+    InputError,
+    atomic_path,
+    provenance,
+    read_json,
+    read_rows,
+    read_text,
+    require_finite,
+    rollouts_path,
+    run_main,
+    write_json,
+)
+from settings import parse_settings, setting
+
+if TYPE_CHECKING:
+    from reward_model import ReversedEngineeredRewardForInference
+
+PROXY_FLAGS = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
+
+
+@dataclass
+class MonotonicitySettings:
+    output_dir: str = setting("outputs", "folder that holds the checkpoints")
+    model_prefix: str = setting("", "checkpoints are <output_dir>/<model_prefix>_step_<k>")
+    steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
+    include_start: bool = setting(False, "count step 0 among the default checkpoints")
+    data_path: str = setting("", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from")
+    gold_model: str = setting("Nexusflow/Starling-RM-34B", "gold reward model: hub name, folder, or adapter folder")
+    gold_scores: str = setting("", "table of mean gold scores in place of a gold model: CSV or JSON rows with step and gold")
+    device: str = setting("", "device of the relevance encoder and the gold model; empty means the GPUs where there are any")
+    batch_size: int = setting(8, "rows per batch of either model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's step, folder, and rollouts in file order."""
+
+    step: int
+    folder: Path
+    rows: list[dict]
+
+    @property
+    def meta(self) -> dict:
+        """How the rollouts were made; empty for rollouts that `evaluation.py` did not write."""
+        path = rollouts_path(self.folder).with_suffix(".meta.json")
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def trained(self) -> dict:
+        """The settings of the training run; empty for a checkpoint that `run_ppo.py` did not write."""
+        path = self.folder / "training_record.json"
+        return read_json(path)["settings"] if path.is_file() else {}
+
+
+def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
+    """The checkpoints to compare, by step.
+
+    Raises:
+        InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts on different instructions.
+    """
+    pattern = re.compile(re.escape(settings.model_prefix) + r"_step_(\d+)")
+    parent = Path(settings.output_dir)
+    if not parent.is_dir():
+        raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
+    folders = {int(match[1]): path for path in parent.iterdir() if (match := pattern.fullmatch(path.name)) and path.is_dir()}
+    if not folders:
+        raise InputError(f"{parent}: no folder {settings.model_prefix}_step_<k>")
+    if settings.steps:
+        steps = sorted(set(settings.steps))
+        for step in steps:
+            if step not in folders or not rollouts_path(folders[step]).is_file():
+                raise InputError(f"{parent}/{settings.model_prefix}_step_{step}: no rollouts, expected them from evaluation.py")
+    else:
+        candidates = [step for step in sorted(folders) if step > 0 or settings.include_start]
+        steps = [step for step in candidates if rollouts_path(folders[step]).is_file()]
+        if without := [step for step in candidates if step not in steps]:
+            print(f"without rollouts, left out: steps {', '.join(map(str, without))}")
+    if len(steps) < 3:
+        raise InputError(f"{parent}: {len(steps)} checkpoints of {settings.model_prefix} with rollouts, expected at least 3 for a correlation")
+    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), {"instruction": None, "output": None})) for step in steps]
+    first = checkpoints[0]
+    for checkpoint in checkpoints[1:]:
+        if len(checkpoint.rows) != len(first.rows):
+            raise InputError(f"{rollouts_path(checkpoint.folder)}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}")
+        for number, (row, other) in enumerate(zip(checkpoint.rows, first.rows), start=1):
+            if row["instruction"] != other["instruction"]:
+                raise InputError(f"{rollouts_path(checkpoint.folder)}: row {number}: another instruction than at step {first.step}")
+    return checkpoints
+
+
+def proxy_settings(checkpoint: Checkpoint) -> dict:
+    """The proxy of the run, from its record; the paper's full design for checkpoints without one."""
+    trained = checkpoint.trained
+    return {
+        "template": trained.get("chat_template_name", "alpaca"),
+        "max_sequence_length": trained.get("output_max_length", 512),
+        "relevance_model_name": trained.get("relevance_model_name", "facebook/contriever"),
+        **{flag: trained.get(flag, True) for flag in PROXY_FLAGS},
+    }
+
+
+def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], branching: bool) -> list[dict]:
+    """One {"qtype", "reference"} per rollout row; empty ones where the proxy does not branch.
+
+    Raises:
+        InputError: the rows are needed and their file is unknown, unusable, or lacks an instruction.
+    """
+    rows = checkpoints[0].rows
+    if not branching:
+        return [{"qtype": row.get("qtype"), "reference": None} for row in rows]
+    path = settings.data_path or checkpoints[0].meta.get("data_path")
+    if not path:
+        raise InputError("--data_path is missing: the proxy branches, and no record beside the rollouts says where qtype and reference are")
+    data = {row["instruction"]: row for row in read_rows(path, {"instruction": None, "output": None, "qtype": QTYPES})}
+    for number, row in enumerate(rows, start=1):
+        if row["instruction"] not in data:
+            raise InputError(f"{path}: no row for the instruction of rollout row {number}")
+    return [{"qtype": data[row["instruction"]]["qtype"], "reference": data[row["instruction"]]["output"]} for row in rows]
+
+
+def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
+    """Mean gold score by step, from a CSV or JSON table. Raises InputError for a missing step or a value that is no number."""
+    if path.endswith(".json"):
+        rows = read_rows(path, {})
+    else:
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+    scores = {}
+    for number, row in enumerate(rows, start=1):
+        for field in ("step", "gold"):
+            try:
+                float(row[field])
+            except (KeyError, TypeError, ValueError):
+                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number") from None
+        scores[int(row["step"])] = float(row["gold"])
+    for step in steps:
+        if step not in scores:
+            raise InputError(f"{path}: no row for step {step}")
+    return dict(zip(steps, require_finite([scores[step] for step in steps], path)))
+
+
+def paired_difference(first: list[float], last: list[float]) -> tuple[float, float]:
+    """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows))."""
+    differences = [after - before for before, after in zip(first, last)]
+    mean = sum(differences) / len(differences)
+    variance = sum((value - mean) ** 2 for value in differences) / (len(differences) - 1)
+    return mean, math.sqrt(variance / len(differences))
+
+
+def score_proxy(reward: ReversedEngineeredRewardForInference, checkpoint: Checkpoint, references: list[dict]) -> list[float]:
+    """The proxy reward of each rollout."""
+    return reward.get_reward(
+        {
+            "query": [row["instruction"] for row in checkpoint.rows],
+            "response": [row["output"] for row in checkpoint.rows],
+            "qtype": [row["qtype"] for row in references],
+            "reference": [row["reference"] for row in references],
+        }
+    )
+
+
+def draw(target: Path, steps: list[int], proxy: list[float], gold: list[float], title: str, description: str) -> None:
+    """Both curves against the step, one axis each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, left = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    right = left.twinx()
+    lines = left.plot(steps, proxy, "o-", color="#0b6fb8", label="proxy reward") + right.plot(steps, gold, "s--", color="#c2570c", label="gold reward")
+    left.set(xlabel="PPO step", ylabel="mean proxy reward", title=title)
+    right.set_ylabel("mean gold reward")
+    left.legend(handles=lines, loc="best", frameon=False)
+    left.grid(alpha=0.25)
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, dpi=160, metadata={"Description": description})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(MonotonicitySettings, description=__doc__)
+    if not settings.model_prefix:
+        raise InputError("--model_prefix is missing, expected the part of the checkpoints' names before _step_<k>")
+
+    # 1. Everything a user can get wrong, before any model loads.
+    checkpoints = find_checkpoints(settings)
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    proxy_of_run = proxy_settings(checkpoints[-1])
+    references = read_references(settings, checkpoints, proxy_of_run["relevance_scaling"] and proxy_of_run["reward_branching"])
+
+    from scipy.stats import spearmanr
+    from tqdm import tqdm
+
+    from chat_templates import TOKENIZER_OWN, load_template
+    from generation import load_tokenizer
+    from reward_model import ReversedEngineeredRewardForInference, check_model_name, load_gold_reward_model
+
+    if settings.gold_scores:
+        gold_means = read_gold_scores(settings.gold_scores, steps)
+    else:
+        check_model_name(settings.gold_model)
+    if proxy_of_run["relevance_scaling"]:
+        check_model_name(proxy_of_run["relevance_model_name"])
+    template = proxy_of_run["template"]
+    if template == TOKENIZER_OWN:
+        trained = checkpoints[-1].trained
+        template = load_template(template, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]))
+
+    # 2. Proxy.
+    device = settings.device or None
+    reward = ReversedEngineeredRewardForInference(**{**proxy_of_run, "template": template}, device=device, batch_size=settings.batch_size)
+    proxy = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
+    proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy.items()}
+
+    # 3. Gold.
+    gold: dict[int, list[float]] = {}
+    gold_dtype = None
+    if not settings.gold_scores:
+        model = load_gold_reward_model(settings.gold_model, device=device, batch_size=settings.batch_size)
+        gold_dtype = model.dtype
+        with tqdm(total=sum(len(point.rows) for point in checkpoints), desc="gold", unit="row") as bar:
+            for point in checkpoints:
+                queries, outputs = [row["instruction"] for row in point.rows], [row["output"] for row in point.rows]
+                gold[point.step] = model.get_reward({"query": queries, "response": outputs})
+                bar.update(len(point.rows))
+        gold_means = {step: sum(scores) / len(scores) for step, scores in gold.items()}
+
+    # 4. The answer.
+    proxy_curve, gold_curve = [proxy_means[step] for step in steps], [gold_means[step] for step in steps]
+    for name, curve in (("proxy", proxy_curve), ("gold", gold_curve)):
+        if len(set(curve)) == 1:
+            raise InputError(f"every checkpoint has the same mean {name} score {curve[0]:g}: SpearmanR is undefined")
+    result = spearmanr(proxy_curve, gold_curve)
+    rows = len(checkpoints[0].rows)
+    print(f"\n{'step':>8} {'proxy':>10} {'gold':>10} {'rows':>6}")
+    for step in steps:
+        print(f"{step:>8} {proxy_means[step]:>10.4f} {gold_means[step]:>10.4f} {rows:>6}")
+    gains = {}
+    for name, scores in (("proxy", proxy), ("gold", gold)):
+        if scores and rows > 1:
+            mean, error = paired_difference(scores[steps[0]], scores[steps[-1]])
+            gains[name] = {"difference": mean, "standard_error": error}
+            print(f"{name}: step {steps[-1]} minus step {steps[0]}: {mean:+.4f}, standard error {error:.4f} (paired over {rows} rows)")
+    print(f"SignificanceResult(statistic={float(result.statistic)}, pvalue={float(result.pvalue)})")
+    print(f"n = {len(steps)} checkpoints of one run: they are not independent, so that this p-value overstates")
+
+    # 5. Files.
+    folder = Path(settings.output_dir) / f"{settings.model_prefix}_monotonicity"
+    record = provenance(
+        settings=asdict(settings),
+        model=settings.gold_scores or settings.gold_model,
+        dtype=gold_dtype,
+        template=proxy_of_run["template"],
+        decoding=checkpoints[0].meta.get("decoding"),
+        seed=checkpoints[0].meta.get("seed"),
+        proxy=proxy_of_run,
+    )
+    curve = [{"step": step, "proxy": proxy_means[step], "gold": gold_means[step]} for step in steps]
+    spearman = {"statistic": float(result.statistic), "pvalue": float(result.pvalue), "n": len(steps)}
+    content = {"spearman": spearman, "curve": curve, "gains": gains, "per_row": {"proxy": proxy, "gold": gold}, "provenance": record}
+    write_json(folder / "monotonicity.json", content)
+    title = f"{settings.model_prefix}: SpearmanR {result.statistic:.2f} over {len(steps)} checkpoints"
+    draw(folder / "monotonicity.png", steps, proxy_curve, gold_curve, title, json.dumps(record))
+    print(folder)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,557 @@
+"""PPO against a white-box proxy reward, or against a learned reward model.
+
+On a CPU, with the embedded models (`make setup` unpacks them) and our own prompts:
+
+    accelerate launch --config_file configs/cpu.yaml run_ppo.py --config configs/demo.yaml
+
+On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published recipe really did where its flags do not say):
+
+    accelerate launch --num_machines 1 --num_processes 1 --config_file configs/zero2-bf16.yaml run_ppo.py \\
+        --exp_name=full --model_name=$MODEL_NAME --overall_steps=10000 --seed=42 --save_freq=500 \\
+        --output_dir=outputs/full --dataset_path=data/alpacafarm_train.json --dev_prompt_path=data/alpacafarm_val.json \\
+        --output_max_length=512 --batch_size=16 --mini_batch_size=2 --gradient_accumulation_steps=4 \\
+        --learning_rate=1e-5 --lora_r=8 --lora_alpha=16 --lora_dropout=0.05 --reward_model_batch_size 8 \\
+        --length_incentive=true --repetition_penalty=true --relevance_scaling=true --reward_branching=true
+
+The algorithm is TRL 0.9.6's `PPOTrainer`. Checkpoints (a PEFT adapter, the value head, a record of the run, the development
+rollouts) go to <output_dir>_step_<k>, the start included as step 0; metrics to <logging_dir>/metrics.jsonl and to the tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from records import QTYPES, InputError, atomic_path, provenance, read_rows, run_main, write_json
+from settings import parse_settings, setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+    from chat_templates import ChatTemplate
+    from generation import Decoding
+
+TRACKERS = ("tensorboard", "wandb", "none")
+
+
+@dataclass
+class PPOSettings:
+    exp_name: str = setting("ppo", "name of the run, used by the trackers")
+    model_name: str = setting("", "causal LM to train: hub name or folder")
+    tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own")
+    chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+
+    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}")
+    dev_prompt_path: str = setting("data/dev.json", "development rows of the same form")
+    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>")
+    logging_dir: str = setting("", "logs; empty means <output_dir>/logs")
+    log_with: str = setting("tensorboard", "tracker: tensorboard, wandb or none (metrics.jsonl is always written)")
+    overwrite: bool = setting(False, "replace checkpoints that an earlier run left at output_dir")
+
+    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process")
+    save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts")
+    sample_freq: int = setting(10, "steps between sample rollouts on the console")
+    seed: int = setting(42, "seed of initialisation, data order and sampling")
+
+    max_prompt_length: int = setting(512, "prompts must have fewer tokens than this")
+    long_prompts: str = setting("error", "what to do with longer ones: 'error' or 'drop'")
+    output_max_length: int = setting(512, "longest response in tokens; the reward's max_len")
+    rollout_postprocessing: bool = setting(True, "cut a rollout's tokens at the template's first stop string before the PPO step")
+
+    batch_size: int = setting(16, "prompts per step and process")
+    mini_batch_size: int = setting(2, "sequences per forward and backward pass")
+    gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's")
+    ppo_epochs: int = setting(4, "passes over each batch of rollouts")
+    learning_rate: float = setting(1e-5, "learning rate")
+    use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
+
+    lora_r: int = setting(8, "LoRA rank")
+    lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
+    lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
+    lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
+
+    init_kl_coef: float = setting(0.2, "KL coefficient at the start")
+    adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach adap_kl_target")
+    adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at")
+    adap_kl_horizon: float = setting(10000.0, "samples over which it adapts")
+    early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
+    target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
+
+    length_incentive: bool = setting(True, "proxy reward: LI")
+    repetition_penalty: bool = setting(False, "proxy reward: RP")
+    relevance_scaling: bool = setting(False, "proxy reward: QR, and RAR with branching")
+    reward_branching: bool = setting(False, "proxy reward: CONSTRAINED rows by reference relevance, OPENENDED ones by query relevance")
+    relevance_model_name: str = setting("facebook/contriever", "sentence encoder of the relevances")
+    reward_model_name: str = setting("", "reward model to train against in place of the proxy (the paper's baseline rows)")
+    reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model")
+    reward_baseline: float = setting(0.0, "subtracted from every reward")
+
+    def __post_init__(self) -> None:
+        self.logging_dir = self.logging_dir or os.path.join(self.output_dir, "logs")
+        if not self.model_name:
+            raise InputError("--model_name is missing, expected a hub name or a folder")
+        for name in ("overall_steps", "save_freq", "sample_freq", "output_max_length", "batch_size", "mini_batch_size",
+                     "gradient_accumulation_steps", "ppo_epochs", "lora_r", "reward_model_batch_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
+        optimizer_batch = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % optimizer_batch:
+            raise InputError(
+                f"--batch_size is {self.batch_size}, expected a multiple of mini_batch_size * gradient_accumulation_steps = {optimizer_batch}"
+            )
+        if self.log_with not in TRACKERS:
+            raise InputError(f"--log_with is {self.log_with!r}, expected {', '.join(TRACKERS)}")
+        if self.long_prompts not in ("error", "drop"):
+            raise InputError(f"--long_prompts is {self.long_prompts!r}, expected 'error' or 'drop'")
+        if not self.reward_model_name and not (self.length_incentive or self.repetition_penalty or self.relevance_scaling):
+            raise InputError("every part of the proxy reward is off, expected at least one to learn from")
+
+    @property
+    def reads_references(self) -> bool:
+        return self.relevance_scaling and self.reward_branching and not self.reward_model_name
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row ready for rollouts; the raw instruction stays beside the tokens, so that nothing has to be parsed back."""
+
+    instruction: str
+    tokens: list[int]
+    qtype: str | None
+    reference: str | None
+
+
+def read_prompts(path: str, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[Prompt]:
+    """Read rows, render and tokenize their prompts. Raises InputError for an unusable row or a prompt that is too long."""
+    from chat_templates import encode_prompts
+
+    fields = {"input": None, **({"output": None, "qtype": QTYPES} if settings.reads_references else {})}
+    rows = read_rows(path, fields)
+    prompts = []
+    encoded = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
+    for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):
+        if len(tokens) < settings.max_prompt_length:
+            prompts.append(Prompt(row["input"], tokens, row.get("qtype"), row.get("output")))
+        elif settings.long_prompts == "error":
+            raise InputError(
+                f"{path}: row {number}: field 'input' makes a prompt of {len(tokens)} tokens, expected fewer than "
+                f"{settings.max_prompt_length} (--long_prompts=drop leaves such rows out)"
+            )
+    if not prompts:
+        raise InputError(f"{path}: every prompt has {settings.max_prompt_length} tokens or more, expected shorter ones")
+    if len(prompts) < len(rows):
+        print(f"{path}: {len(rows) - len(prompts)} of {len(rows)} rows dropped, their prompts have {settings.max_prompt_length} tokens or more")
+    return prompts
+
+
+def batches(prompts: list[Prompt], batch_size: int, seed: int, rank: int, world_size: int) -> Iterator[list[Prompt]]:
+    """Endless batches: every epoch is a fresh permutation, every prompt comes once an epoch, ranks get disjoint slices.
+
+    The prompt at a position depends on seed and position alone. (A loader inside `accelerator.prepare` would make the last
+    batch of each epoch take an optimiser step per mini batch, whatever gradient_accumulation_steps says.)
+    """
+    import numpy as np
+
+    order, epoch, start = None, -1, rank * batch_size
+    while True:
+        batch = []
+        for position in range(start, start + batch_size):
+            if position // len(prompts) != epoch:
+                epoch = position // len(prompts)
+                order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+            batch.append(prompts[order[position % len(prompts)]])
+        yield batch
+        start += batch_size * world_size
+
+
+def cut_at_stop_string(response: list[int], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
+    """The response's tokens up to its first stop string, at least one; unchanged where the text holds none.
+
+    Tokens are dropped, never re-encoded: PPO needs the log-probabilities of tokens that the policy drew.
+    """
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    starts = [text.find(stop) for stop in template.stop_strings if stop in text]
+    if not starts:
+        return response
+    low, high = 1, len(response)
+    while low < high:  # the fewest tokens whose text reaches the stop string
+        middle = (low + high) // 2
+        if len(tokenizer.decode(response[:middle], skip_special_tokens=True)) >= min(starts):
+            high = middle
+        else:
+            low = middle + 1
+    return response[:low]
+
+
+# ----------------------------------------------------------------------------------------------------------------- reward
+
+
+def load_reward(settings: PPOSettings, template: ChatTemplate, device: str):
+    """The function from a batch to named columns of rewards, with "total" as what PPO maximises."""
+    from reward_model import ReversedEngineeredRewardForInference, load_gold_reward_model
+
+    if settings.reward_model_name:
+        learned = load_gold_reward_model(settings.reward_model_name, device=device, batch_size=settings.reward_model_batch_size)
+        return lambda batch: {"total": learned.get_reward(batch)}
+    return ReversedEngineeredRewardForInference(
+        template,
+        max_sequence_length=settings.output_max_length,
+        length_incentive=settings.length_incentive,
+        repetition_penalty=settings.repetition_penalty,
+        relevance_scaling=settings.relevance_scaling,
+        reward_branching=settings.reward_branching,
+        relevance_model_name=settings.relevance_model_name,
+        device=device,
+        batch_size=settings.reward_model_batch_size,
+        cache_dir=settings.cache_dir or None,
+    ).score
+
+
+def score_rollouts(score, prompts: list[Prompt], responses: list[str]) -> dict[str, list]:
+    """The reward's columns for responses to prompts."""
+    return score(
+        {
+            "query": [prompt.instruction for prompt in prompts],
+            "response": responses,
+            "qtype": [prompt.qtype for prompt in prompts],
+            "reference": [prompt.reference for prompt in prompts],
+        }
+    )
+
+
+def column_means(columns: dict[str, list], accelerator: Accelerator) -> dict[str, float]:
+    """The mean of each numeric column over the rows of all processes that have a value in it."""
+    import torch
+
+    means = {}
+    for name, values in columns.items():
+        if not any(isinstance(value, str) for value in values):
+            numbers = [value for value in values if value is not None]
+            local = torch.tensor([[sum(numbers), len(numbers)]], dtype=torch.float64, device=accelerator.device)
+            total, count = accelerator.gather(local).sum(dim=0).tolist()
+            if count:
+                means[name] = total / count
+    return means
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+def start_processes(settings: PPOSettings) -> Accelerator:
+    """Join the processes of `accelerate launch`, with the script's accumulation and DeepSpeed's batch size in place.
+
+    Raises:
+        RuntimeError: the launch environment promises more processes than came together.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The launcher's value, where it has one, would silently win over the flag.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(settings.gradient_accumulation_steps)
+    # On a CPU, ranks find each other only with a named backend, and need `cpu` as well, but for DeepSpeed, which it would drop.
+    no_gpu = not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = Accelerator(
+        cpu=no_gpu and not deepspeed,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_gpu and "WORLD_SIZE" in os.environ else [],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(f"{accelerator.num_processes} processes came together, expected {launched} as launched")
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.mini_batch_size
+    return accelerator
+
+
+def ppo_config(settings: PPOSettings) -> PPOConfig:
+    """TRL's configuration; what has no flag here is a constant of the paper's run."""
+    from trl import PPOConfig
+
+    return PPOConfig(
+        exp_name=settings.exp_name,
+        seed=settings.seed,
+        log_with=None if settings.log_with == "none" else settings.log_with,
+        tracker_project_name="proxy-rewards",
+        tracker_kwargs={"wandb": {"name": settings.exp_name, "dir": settings.logging_dir}} if settings.log_with == "wandb" else {},
+        project_kwargs={"logging_dir": settings.logging_dir},
+        model_name=settings.model_name,
+        steps=settings.overall_steps * settings.batch_size,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        mini_batch_size=settings.mini_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        ppo_epochs=settings.ppo_epochs,
+        init_kl_coef=settings.init_kl_coef,
+        adap_kl_ctrl=settings.adap_kl_ctrl,
+        target=settings.adap_kl_target,
+        horizon=settings.adap_kl_horizon,
+        early_stopping=settings.early_stopping,
+        target_kl=settings.target_kl,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gamma=1.0,
+        lam=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=1.0,
+        use_score_scaling=True,
+        use_score_norm=True,
+        score_clip=10.0,
+    )
+
+
+def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelForCausalLMWithValueHead:
+    """The policy with LoRA and a value head. The reference model is the same weights with the adapter disabled."""
+    import torch
+    from accelerate.utils import set_seed
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import AutoModelForCausalLMWithValueHead
+
+    set_seed(settings.seed)  # the same new weights on every rank
+    deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model_name, cache_dir=settings.cache_dir or None, dtype=torch.bfloat16 if deepspeed_bf16 else torch.float32
+    )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias="none",
+        target_modules=settings.lora_target_modules,
+    )
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
+    if settings.gradient_checkpointing:
+        checkpoint_in_eval_mode(policy.pretrained_model)
+    return policy
+
+
+def checkpoint_in_eval_mode(model: PreTrainedModel) -> None:
+    """Let gradient checkpointing act although TRL's losses run in eval mode (so that old and new policy agree, dropout off).
+
+    Layers checkpoint when their own `training` flag is set; it is set exactly when gradients are being recorded. The modules
+    inside them, dropout among them, stay in eval mode.
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def follow_grad_mode(module, args):
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+
+    model.register_forward_pre_hook(follow_grad_mode)
+
+
+def optimizer_setup(settings: PPOSettings, policy: AutoModelForCausalLMWithValueHead, world_size: int) -> dict:
+    """AdamW and its schedule as arguments of `PPOTrainer`; nothing, that is TRL's constant Adam, without the flag."""
+    if not settings.use_optimizer_setup:
+        return {}
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW((weight for weight in policy.parameters() if weight.requires_grad), lr=settings.learning_rate)
+    steps = settings.overall_steps * world_size  # a prepared scheduler moves once per process
+    return {"optimizer": optimizer, "lr_scheduler": get_linear_schedule_with_warmup(optimizer, round(settings.warmup_ratio * steps), steps)}
+
+
+# ---------------------------------------------------------------------------------------------- evaluation and checkpoints
+
+
+def evaluate(trainer: PPOTrainer, score, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding) -> tuple[list[dict], dict]:
+    """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and mean scores."""
+    from accelerate.utils import gather_object
+
+    from generation import generate_responses
+
+    accelerator, tokenizer = trainer.accelerator, trainer.tokenizer
+    mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
+    own = [prompts[number] for number in mine]
+    bar = "development rollouts" if accelerator.is_main_process else None
+    policy = accelerator.unwrap_model(trainer.model)
+    rows = []
+    if own:
+        responses = generate_responses(
+            policy, tokenizer, [prompt.tokens for prompt in own], decoding, settings.batch_size, settings.seed + accelerator.process_index, bar
+        )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = score_rollouts(score, own, texts)
+        for place, (number, prompt, text) in enumerate(zip(mine, own, texts)):
+            row_scores = {name: values[place] for name, values in scores.items()}
+            rows.append({"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text, "scores": row_scores})
+    rows = sorted(gather_object(rows), key=lambda row: row["row"])
+    means = {}
+    for name in rows[0]["scores"]:
+        numbers = [row["scores"][name] for row in rows if isinstance(row["scores"][name], float)]
+        if numbers:
+            means[f"dev/{name}"] = sum(numbers) / len(numbers)
+    return rows, means
+
+
+def save_checkpoint(trainer: PPOTrainer, step: int, settings: PPOSettings, dev_rows: list[dict], dev_means: dict) -> None:
+    """Write <output_dir>_step_<step> at once: adapter, value head, record of the run, development rollouts. Main process only."""
+    from safetensors.torch import save_file
+
+    if trainer.accelerator.is_main_process:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        record = provenance(
+            step=step,
+            seed=settings.seed,
+            dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
+            model=settings.model_name,
+            template=settings.chat_template_name,
+            decoding={"max_new_tokens": settings.output_max_length, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+            processes=trainer.accelerator.num_processes,
+            kl_coef=float(trainer.kl_ctl.value),
+            development=dev_means,
+            settings=asdict(settings),
+        )
+        with atomic_path(f"{settings.output_dir}_step_{step}") as folder:
+            policy.pretrained_model.save_pretrained(folder)
+            save_file({name: weight.contiguous() for name, weight in policy.v_head.state_dict().items()}, folder / "value_head.safetensors")
+            write_json(folder / "training_record.json", record)
+            write_json(folder / "development_rollouts.json", dev_rows)
+    trainer.accelerator.wait_for_everyone()
+
+
+def scalars(stats: dict[str, float | np.ndarray]) -> dict[str, float]:
+    """The single numbers among TRL's statistics, as floats."""
+    import numpy as np
+
+    return {name: float(value) for name, value in stats.items() if np.ndim(value) == 0 and not isinstance(value, str)}
+
+
+def require_finite_step(stats: dict[str, float], step: int) -> None:
+    """Raises FloatingPointError: the weights are spoilt, and going on would only hide it."""
+    for name in ("objective/kl", "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value"):
+        if not math.isfinite(stats[name]):
+            raise FloatingPointError(f"{name} is {stats[name]} at step {step}; the last checkpoint is good")
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(PPOSettings, description=__doc__)
+    output = Path(settings.output_dir)
+    earlier = sorted(path.name for path in output.parent.glob(f"{output.name}_step_*"))
+    if earlier and not settings.overwrite:
+        raise InputError(f"{output.parent / earlier[0]}: exists already (--overwrite=true replaces the checkpoints of an earlier run)")
+
+    # 1. Everything a user can get wrong, before any model loads.
+    from chat_templates import load_template
+    from generation import Decoding, load_tokenizer
+    from reward_model import check_model_name
+
+    for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
+        check_model_name(name)
+    if settings.reward_model_name:
+        check_model_name(settings.reward_model_name)
+    elif settings.relevance_scaling:
+        check_model_name(settings.relevance_model_name)
+    tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
+    template = load_template(settings.chat_template_name, tokenizer)
+    prompts = read_prompts(settings.dataset_path, settings, tokenizer, template)
+    dev_prompts = read_prompts(settings.dev_prompt_path, settings, tokenizer, template)
+
+    # 2. Policy, reference (the policy with its adapter disabled), value head, optimiser: TRL's trainer.
+    import torch
+    from accelerate.utils import set_seed
+    from tqdm import tqdm
+    from trl import PPOTrainer
+
+    accelerator = start_processes(settings)
+    policy = load_policy(settings, accelerator)
+    optimization = optimizer_setup(settings, policy, accelerator.num_processes)
+    trainer = PPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
+    accelerator = trainer.accelerator
+    score = load_reward(settings, template, str(accelerator.device))
+    set_seed(settings.seed, device_specific=True)  # other draws on every rank from here on
+
+    # 3. The start is a checkpoint too.
+    decoding = Decoding(max_new_tokens=settings.output_max_length)
+    metrics_path = Path(settings.logging_dir) / "metrics.jsonl"
+    if accelerator.is_main_process:
+        metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        metrics_path.write_text("", encoding="utf-8")
+    dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
+    save_checkpoint(trainer, 0, settings, dev_rows, dev_means)
+    bar = tqdm(total=settings.overall_steps, desc="PPO", unit="step", disable=not accelerator.is_main_process)
+    if accelerator.is_main_process:
+        tqdm.write(f"step 0: development {describe(dev_means)}")
+
+    data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
+    for step, batch in zip(range(1, settings.overall_steps + 1), data):
+        # 4. Rollouts, in eval mode: the losses are, and a policy that samples with dropout is another policy.
+        trainer.model.eval()
+        queries = [torch.tensor(prompt.tokens) for prompt in batch]
+        generated = trainer.generate(
+            queries, batch_size=settings.batch_size, return_prompt=False, remove_padding=True, **decoding.generate_kwargs(tokenizer)
+        )
+        responses = [response.tolist() for response in generated]
+        ended = [float(response[-1] == tokenizer.eos_token_id) for response in responses]
+        if settings.rollout_postprocessing:
+            responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
+
+        # 5. Rewards.
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        columns = score_rollouts(score, batch, texts)
+        rewards = [total - settings.reward_baseline for total in columns["total"]]
+
+        # 6. The PPO step, TRL's own.
+        stats = trainer.step(queries, [torch.tensor(response) for response in responses], [torch.tensor(reward) for reward in rewards])
+        require_finite_step(scalars(stats), step)
+
+        # 7. Metrics, samples, checkpoints.
+        lengths = [float(len(response)) for response in responses]
+        truncated = [float(not end and length >= settings.output_max_length) for end, length in zip(ended, lengths)]
+        own = column_means({**columns, "response_tokens": lengths, "eos_rate": ended, "truncation_rate": truncated}, accelerator)
+        stats.update({f"reward/{name}": value for name, value in own.items()})
+        last = step == settings.overall_steps
+        if last or step % settings.save_freq == 0:
+            dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
+            save_checkpoint(trainer, step, settings, dev_rows, dev_means)
+            stats.update(dev_means)
+        trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
+        if accelerator.is_main_process:
+            with metrics_path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **scalars(stats)}) + "\n")
+            bar.update()
+            bar.set_postfix(reward=f"{own['total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
+            if step % settings.sample_freq == 0 or last:
+                tqdm.write(f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}")
+            if last or step % settings.save_freq == 0:
+                tqdm.write(f"step {step}: development {describe(dev_means)}; saved {settings.output_dir}_step_{step}")
+    bar.close()
+    accelerator.end_training()
+
+
+def describe(means: dict[str, float]) -> str:
+    return ", ".join(f"{name.removeprefix('dev/')} {value:.3f}" for name, value in means.items())
+
+
+def shorten(text: str, width: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+if __name__ == "__main__":
+    run_main(main)
