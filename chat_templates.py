@@ -113,6 +113,4 @@ def _load_file(path: Path) -> ChatTemplate:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
     """Token ids of rendered prompts; the tokenizer adds its special tokens unless the prompt already starts with them."""
     bos = tokenizer.bos_token
-    return [
-        tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), truncation=False)["input_ids"] for prompt in prompts
-    ]
+    return [tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), truncation=False)["input_ids"] for prompt in prompts]

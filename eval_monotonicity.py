@@ -98,12 +98,17 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
         if without := [step for step in candidates if step not in steps]:
             print(f"without rollouts, left out: steps {', '.join(map(str, without))}")
     if len(steps) < 3:
-        raise InputError(f"{parent}: {len(steps)} checkpoints of {settings.model_prefix} with rollouts, expected at least 3 for a correlation")
-    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), {"instruction": None, "output": None})) for step in steps]
+        raise InputError(
+            f"{parent}: {len(steps)} checkpoints of {settings.model_prefix} with rollouts, expected at least 3 for a correlation"
+        )
+    fields = {"instruction": None, "output": None}
+    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), fields)) for step in steps]
     first = checkpoints[0]
     for checkpoint in checkpoints[1:]:
         if len(checkpoint.rows) != len(first.rows):
-            raise InputError(f"{rollouts_path(checkpoint.folder)}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}")
+            raise InputError(
+                f"{rollouts_path(checkpoint.folder)}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}"
+            )
         for number, (row, other) in enumerate(zip(checkpoint.rows, first.rows), start=1):
             if row["instruction"] != other["instruction"]:
                 raise InputError(f"{rollouts_path(checkpoint.folder)}: row {number}: another instruction than at step {first.step}")
@@ -189,7 +194,8 @@ def draw(target: Path, steps: list[int], proxy: list[float], gold: list[float], 
 
     figure, left = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     right = left.twinx()
-    lines = left.plot(steps, proxy, "o-", color="#0b6fb8", label="proxy reward") + right.plot(steps, gold, "s--", color="#c2570c", label="gold reward")
+    lines = left.plot(steps, proxy, "o-", color="#0b6fb8", label="proxy reward")
+    lines += right.plot(steps, gold, "s--", color="#c2570c", label="gold reward")
     left.set(xlabel="PPO step", ylabel="mean proxy reward", title=title)
     right.set_ylabel("mean gold reward")
     left.legend(handles=lines, loc="best", frameon=False)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from chat_templates import ChatTemplate
 
-EVALUATIONS = ("alpaca",)
-
 
 @dataclass
 class EvaluationSettings:
@@ -33,7 +31,7 @@ class EvaluationSettings:
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
     baseline_model_file: str = setting("", "another model's outputs on the same instructions, to compare with; may be empty")
     batch_size: int = setting(16, "prompts per generation batch")
-    evaluations: list[str] = setting(["alpaca"], f"what to run: {', '.join(EVALUATIONS)}")
+    evaluations: list[str] = setting(["alpaca"], "what to run: alpaca")
     data_path: str = setting("data/alpaca_eval.json", "instructions in the AlpacaEval schema")
     chat_template_name: str = setting("", "prompt template; empty means the one the checkpoint was trained with")
     max_new_tokens: int = setting(512, "longest response in tokens")
@@ -51,9 +49,9 @@ class EvaluationSettings:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
         if self.temperature < 0:
             raise InputError(f"--temperature is {self.temperature}, expected 0 or more")
-        unknown = [name for name in self.evaluations if name not in EVALUATIONS]
+        unknown = [name for name in self.evaluations if name not in RUNNERS]
         if unknown:
-            raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(EVALUATIONS)}")
+            raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(RUNNERS)}")
 
 
 def load_merged(base: str, adapter: str, device: str, cache_dir: str | None) -> PreTrainedModel:
@@ -92,10 +90,8 @@ def read_baseline(path: str, instructions: list[str]) -> list[dict]:
     return [by_instruction[instruction] for instruction in instructions]
 
 
-def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings = parse_settings(EvaluationSettings, description=__doc__)
-
+def run_alpaca(settings: EvaluationSettings) -> None:
+    """One sampled response per instruction, written in AlpacaEval's format."""
     # 1. Everything a user can get wrong, before any model loads.
     checkpoint, target = Path(settings.peft_model_name), rollouts_path(settings.peft_model_name)
     if not (checkpoint / "adapter_config.json").is_file():
@@ -129,9 +125,9 @@ def main() -> None:
     # 3. Files.
     rows = []
     for row, text in zip(data, texts):
-        rows.append({"dataset": row.get("dataset", "unknown"), "instruction": row["instruction"], "output": text.strip(), "generator": checkpoint.name})
-        if "qtype" in row:
-            rows[-1]["qtype"] = row["qtype"]
+        kept = {"dataset": row.get("dataset", "unknown"), "instruction": row["instruction"]}
+        kind = {"qtype": row["qtype"]} if "qtype" in row else {}
+        rows.append({**kept, "output": text.strip(), "generator": checkpoint.name, **kind})
     record = provenance(
         seed=settings.seed,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -151,6 +147,16 @@ def main() -> None:
     write_json(target.with_suffix(".meta.json"), record)
     write_json(target, rows)
     print(target)
+
+
+RUNNERS = {"alpaca": run_alpaca}
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(EvaluationSettings, description=__doc__)
+    for name in settings.evaluations:
+        RUNNERS[name](settings)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and target.is_dir():
             target.rename(holder / "replaced")
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 

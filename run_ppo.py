@@ -154,7 +154,9 @@ def read_prompts(path: str, settings: PPOSettings, tokenizer: PreTrainedTokenize
     if not prompts:
         raise InputError(f"{path}: every prompt has {settings.max_prompt_length} tokens or more, expected shorter ones")
     if len(prompts) < len(rows):
-        print(f"{path}: {len(rows) - len(prompts)} of {len(rows)} rows dropped, their prompts have {settings.max_prompt_length} tokens or more")
+        print(
+            f"{path}: {len(rows) - len(prompts)} of {len(rows)} rows dropped, their prompts have {settings.max_prompt_length} tokens or more"
+        )
     return prompts
 
 
@@ -389,7 +391,13 @@ def evaluate(trainer: PPOTrainer, score, prompts: list[Prompt], settings: PPOSet
     rows = []
     if own:
         responses = generate_responses(
-            policy, tokenizer, [prompt.tokens for prompt in own], decoding, settings.batch_size, settings.seed + accelerator.process_index, bar
+            policy,
+            tokenizer,
+            [prompt.tokens for prompt in own],
+            decoding,
+            settings.batch_size,
+            settings.seed + accelerator.process_index,
+            bar,
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = score_rollouts(score, own, texts)
@@ -537,7 +545,9 @@ def main() -> None:
             bar.update()
             bar.set_postfix(reward=f"{own['total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
             if step % settings.sample_freq == 0 or last:
-                tqdm.write(f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}")
+                tqdm.write(
+                    f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}"
+                )
             if last or step % settings.save_freq == 0:
                 tqdm.write(f"step {step}: development {describe(dev_means)}; saved {settings.output_dir}_step_{step}")
     bar.close()

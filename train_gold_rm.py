@@ -109,8 +109,9 @@ def select_pairs(pairs: list[Pair], count: int, damaged_share: float, rng: rando
     """`count` training pairs: half of the preferences with the longer answer winning, and `damaged_share` of damaged ones."""
     pairs = rng.sample(pairs, len(pairs))
     damaged_count = round(count * damaged_share)
-    balanced_count = min((count - damaged_count) // 2, sum(pair.longer_wins for pair in pairs), sum(not pair.longer_wins for pair in pairs))
-    balanced = [pair for pair in pairs if pair.longer_wins][:balanced_count] + [pair for pair in pairs if not pair.longer_wins][:balanced_count]
+    long_wins, short_wins = [pair for pair in pairs if pair.longer_wins], [pair for pair in pairs if not pair.longer_wins]
+    each = min((count - damaged_count) // 2, len(long_wins), len(short_wins))
+    balanced = long_wins[:each] + short_wins[:each]
     return balanced + damaged_pairs(pairs[:damaged_count], rng)
 
 
@@ -157,9 +158,7 @@ def accuracies(pairs: list[Pair], margins: list[float]) -> dict[str, dict[str, f
     }
     for kind in DAMAGES:
         groups[f"against {kind}"] = [row for row in zip(pairs, margins) if row[0].kind == kind]
-    return {
-        name: {"accuracy": sum(margin > 0 for _, margin in rows) / len(rows), "n": len(rows)} for name, rows in groups.items() if rows
-    }
+    return {name: {"accuracy": sum(margin > 0 for _, margin in rows) / len(rows), "n": len(rows)} for name, rows in groups.items() if rows}
 
 
 def heldout_accuracies(adapter: str, pairs: list[Pair], max_length: int, batch_size: int) -> dict[str, dict[str, float]]:
@@ -236,9 +235,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     dataset = Dataset.from_list(encode_pairs(pairs, tokenizer, settings.max_length))
-    trainer = BradleyTerryTrainer(
-        model=model, args=arguments, train_dataset=dataset, data_collator=collate
-    )
+    trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     trainer.train(resume_from_checkpoint=any(unfinished.glob("checkpoint-*")))
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)

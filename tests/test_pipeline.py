@@ -1,0 +1,306 @@
+"""The commands a user types, end to end on a two-layer model; and the one clear line for whatever is wrong with their input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS, run_script
+
+from records import read_json
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def ppo_words(model: Path, rows: Path, output: Path, **more: object) -> list[str]:
+    """The published command's flags at a size for a two-layer model, in both spellings of a flag."""
+    settings = {
+        "exp_name": "tiny", "model_name": model, "overall_steps": 3, "seed": 42, "save_freq": 2, "output_dir": output, "cache_dir": "",
+        "dataset_path": rows, "dev_prompt_path": rows, "logging_dir": output / "logs", "output_max_length": 10, "batch_size": 4,
+        "mini_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": "1e-3", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+        "length_incentive": "true", "repetition_penalty": "true", "chat_template_name": "tokenizer", "log_with": "none", **more,
+    }  # fmt: skip
+    return ["run_ppo.py", *[f"--{name}={value}" for name, value in settings.items()], "--reward_model_batch_size", "8"]
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """A run of run_ppo.py through `accelerate launch`; its checkpoints are <folder>/tiny_step_<k>."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    launcher = (*ACCELERATE, "--config_file", "configs/cpu.yaml")
+    done = run_script(*ppo_words(tiny_model, folder / "rows.json", folder / "tiny", log_with="tensorboard"), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "step 3: reward" in done.stdout + done.stderr  # sample rollouts
+    return folder
+
+
+def test_checkpoints_hold_what_they_should(trained, tiny_model):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    assert sorted(path.name for path in trained.glob("tiny_step_*")) == ["tiny_step_0", "tiny_step_2", "tiny_step_3"]
+    record = read_json(trained / "tiny_step_3" / "training_record.json")
+    assert record["step"] == 3 and record["seed"] == 42 and record["dtype"] == "float32" and record["model"] == str(tiny_model)
+    assert record["settings"]["repetition_penalty"] is True
+    assert set(record["development"]) == {"dev/length", "dev/repetition", "dev/total"}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        start = PeftModel.from_pretrained(base, trained / "tiny_step_0")(ids).logits
+        assert torch.equal(start, AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits)  # the start is the base model
+    weights = [load_file(trained / f"tiny_step_{step}" / "adapter_model.safetensors") for step in (0, 3)]
+    assert len(weights[0]) == 8  # A and B of q_proj and v_proj in two layers
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert set(load_file(trained / "tiny_step_3" / "value_head.safetensors")) == {"summary.weight", "summary.bias"}
+    assert list((trained / "tiny" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_logged_rewards_are_the_formula(trained):
+    from reward_model import ReversedEngineeredRewardForInference
+
+    rows = json.loads((trained / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
+    assert [row["input"] for row in rows] == [row["input"] for row in ROWS]
+    from chat_templates import load_template
+    from generation import load_tokenizer
+
+    template = load_template("tokenizer", load_tokenizer(read_json(trained / "tiny_step_3" / "training_record.json")["model"]))
+    totals = ReversedEngineeredRewardForInference(template, repetition_penalty=True).get_reward(
+        {"response": [row["response"] for row in rows]}
+    )
+    assert [row["scores"]["total"] for row in rows] == totals
+    log = metrics(trained / "tiny")
+    assert [row["step"] for row in log] == [1, 2, 3]
+    assert log[2]["dev/total"] == pytest.approx(sum(totals) / len(totals))
+    assert log[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the policy starts as its reference
+    assert 0 <= log[0]["reward/eos_rate"] <= 1 and 1 <= log[0]["reward/response_tokens"] <= 10
+
+
+def test_an_existing_run_is_not_replaced_unasked(trained, tiny_model):
+    done = run_script(*ppo_words(tiny_model, trained / "rows.json", trained / "tiny"))
+    assert done.returncode == 2
+    assert "tiny_step_0: exists already (--overwrite=true replaces" in done.stderr
+
+
+def test_rollouts_and_monotonicity(trained, tiny_model, tiny_gold, eval_file):
+    for step in (0, 2, 3):
+        checkpoint = trained / f"tiny_step_{step}"
+        words = ["evaluation.py", f"--base_model_name={tiny_model}", f"--peft_model_name={checkpoint}", "--baseline_model_file=",
+                 "--batch_size=4", "--evaluations", "alpaca", f"--data_path={eval_file}", "--max_new_tokens=10", f"--seed={step}"]  # fmt: skip
+        done = run_script(*words)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((checkpoint / f"alpaca-eval-tiny_step_{step}.json").read_text(encoding="utf-8"))
+        assert [set(row) for row in rows] == [{"dataset", "instruction", "output", "generator", "qtype"}] * 6
+        assert {row["generator"] for row in rows} == {f"tiny_step_{step}"}
+        meta = read_json(checkpoint / f"alpaca-eval-tiny_step_{step}.meta.json")
+        assert meta["decoding"] == {"max_new_tokens": 10, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+        assert meta["template"] == "tokenizer"
+    again = run_script(*words)
+    assert again.returncode == 2 and "exists already (--overwrite=true" in again.stderr
+    baseline = trained / "tiny_step_0" / "alpaca-eval-tiny_step_0.json"
+    compared = run_script(*words, "--overwrite=true", f"--baseline_model_file={baseline}")
+    assert compared.returncode == 0 and "LI*RP above baseline" in compared.stdout
+
+    done = run_script(
+        "eval_monotonicity.py", f"--output_dir={trained}", "--model_prefix=tiny", "--gold_model", tiny_gold, "--include_start=true"
+    )
+    assert done.returncode == 0, done.stderr
+    folder = trained / "tiny_monotonicity"
+    content = read_json(folder / "monotonicity.json")
+    assert [point["step"] for point in content["curve"]] == [0, 2, 3]
+    assert (folder / "monotonicity.png").stat().st_size > 5000
+
+    from scipy.stats import spearmanr
+
+    expected = spearmanr([point["proxy"] for point in content["curve"]], [point["gold"] for point in content["curve"]])
+    assert f"SignificanceResult(statistic={float(expected.statistic)}, pvalue={float(expected.pvalue)})" in done.stdout
+    for point in content["curve"]:
+        for name in ("proxy", "gold"):
+            assert point[name] == pytest.approx(sum(content["per_row"][name][str(point["step"])]) / 6)
+
+    table = trained / "gold.csv"
+    table.write_text("step,gold\n0,1.5\n2,0.5\n3,0.25\n", encoding="utf-8")
+    words = ["eval_monotonicity.py", f"--output_dir={trained}", "--model_prefix=tiny", f"--gold_scores={table}", "--steps", 0, 2, 3]
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    assert [point["gold"] for point in read_json(folder / "monotonicity.json")["curve"]] == [1.5, 0.5, 0.25]
+    table.write_text("step,gold\n0,1.5\n2,much\n", encoding="utf-8")
+    assert run_script(*words).stderr.strip().endswith("gold.csv: row 2: field 'gold' is 'much', expected a number")
+    missing = run_script("eval_monotonicity.py", f"--output_dir={trained}", "--model_prefix=tiny", "--steps", 0, 2, 5)
+    assert missing.returncode == 2 and "tiny_step_5: no rollouts" in missing.stderr
+
+
+def test_other_rewards_and_switches(tiny_model, tiny_gold, rows_file, tmp_path):
+    """A learned reward model as the reward; gradient checkpointing, warm-up, early stopping and a fixed KL coefficient in one run."""
+    words = ppo_words(tiny_model, rows_file, tmp_path / "tiny", reward_model_name=tiny_gold, gradient_checkpointing="true",
+                      use_optimizer_setup="true", warmup_ratio=0.5, early_stopping="true", adap_kl_ctrl="false", init_kl_coef=0.1,
+                      reward_baseline=0.5, ppo_epochs=2)  # fmt: skip
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    log = metrics(tmp_path / "tiny")
+    assert [row["objective/kl_coef"] for row in log] == [0.1, 0.1, 0.1]
+    assert [row["ppo/learning_rate"] for row in log] == pytest.approx([0.0, 5e-4, 1e-3])  # warm-up over 2 of 3 steps
+
+    from reward_model import load_gold_reward_model
+
+    rows = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
+    batch = {"query": [row["input"] for row in rows], "response": [row["response"] for row in rows]}
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu").get_reward(batch)
+    assert [row["scores"]["total"] for row in rows] == pytest.approx(gold, rel=1e-4, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_number(tiny_model, rows_file, tmp_path):
+    logs = []
+    for switch in ("false", "true"):
+        output = tmp_path / switch
+        done = run_script(*ppo_words(tiny_model, rows_file, output, overall_steps=2, gradient_checkpointing=switch))
+        assert done.returncode == 0, done.stderr
+        logs.append([{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics(output)])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "deepspeed"])
+def test_two_processes(tiny_model, rows_file, tmp_path, launch):
+    """Data is sharded, every rank ends, and rank 0 alone writes."""
+    launcher = TORCHRUN
+    if launch == "deepspeed":
+        config = tmp_path / "zero2-cpu.yaml"
+        config.write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nmixed_precision: bf16\n"
+            "deepspeed_config: {zero_stage: 2, zero3_init_flag: false}\nnum_machines: 1\nnum_processes: 2\nmachine_rank: 0\n"
+            "main_process_ip: 127.0.0.1\nmain_process_port: 29537\nrdzv_backend: static\n",
+            encoding="utf-8",
+        )
+        launcher = (*ACCELERATE, "--config_file", str(config))
+    done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny", batch_size=2, mini_batch_size=1), launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read_json(tmp_path / "tiny_step_3" / "training_record.json")
+    assert record["processes"] == 2
+    assert record["dtype"] == ("bfloat16" if launch == "deepspeed" else "float32")
+    rows = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
+    assert [row["row"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(tmp_path / "tiny")] == [1, 2, 3]
+
+
+def broken(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BAD_PPO = {
+    "missing file": ({"dataset_path": "nowhere.json"}, "nowhere.json: no such file"),
+    "broken JSON": ({"dataset_path": "[{"}, "bad.json: broken JSON"),
+    "empty file": ({"dataset_path": ""}, "bad.json: empty file, expected a JSON list of rows"),
+    "missing field": ({"dataset_path": '[{"input": "a"}, {"output": "b"}]'}, "bad.json: row 2: field 'input' is missing, expected text"),
+    "missing reference": (
+        {"dev_prompt_path": '[{"input": "a", "qtype": "OPENENDED"}]', "relevance_scaling": "true", "reward_branching": "true"},
+        "bad.json: row 1: field 'output' is missing, expected text",
+    ),
+    "unknown qtype": (
+        {"dataset_path": '[{"input": "a", "output": "b", "qtype": "OPEN"}]', "relevance_scaling": "true", "reward_branching": "true"},
+        "bad.json: row 1: field 'qtype' is 'OPEN', expected OPENENDED or CONSTRAINED",
+    ),
+    "long prompt": ({"max_prompt_length": "20"}, "row 1: field 'input' makes a prompt of"),
+    "unknown template": ({"chat_template_name": "alpacca"}, "unknown chat template 'alpacca', expected one of alpaca"),
+    "unknown setting": ({"learning_rat": "1"}, "unrecognized arguments: --learning_rat=1"),
+    "wrong type": ({"overall_steps": "many"}, "argument --overall_steps: invalid int value: 'many'"),
+    "indivisible batch": (
+        {"batch_size": "6"},
+        "--batch_size is 6, expected a multiple of mini_batch_size * gradient_accumulation_steps = 4",
+    ),
+    "no reward": ({"length_incentive": "false", "repetition_penalty": "false"}, "every part of the proxy reward is off"),
+    "no model": ({"model_name": "outputs/none"}, "outputs/none: no such folder, expected a model's folder or its hub name"),
+    "no reward model": ({"reward_model_name": "outputs/none"}, "outputs/none: no such folder"),
+    "unknown tracker": ({"log_with": "paper"}, "--log_with is 'paper', expected tensorboard, wandb, none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PPO)
+def test_bad_input_is_one_line_and_exit_code_2(tiny_model, rows_file, tmp_path, case):
+    change, message = BAD_PPO[case]
+    for name in ("dataset_path", "dev_prompt_path"):
+        if name in change and not change[name].endswith(".json"):
+            change = {**change, name: broken(tmp_path / "bad.json", change[name])}
+    relevance = {"relevance_model_name": tiny_model} if "relevance_scaling" in change else {}
+    done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny", **{**relevance, **change}))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("tiny*"))
+
+
+def test_an_unknown_key_in_a_configuration_file(tiny_model, rows_file, tmp_path):
+    config = broken(tmp_path / "mine.yaml", "learning_rat: 1.0e-5\n")
+    done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny"), "--config", config)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (2, f"error: {config}: unknown setting 'learning_rat'")
+
+
+def test_long_prompts_can_be_dropped(tiny_model, tmp_path):
+    rows = broken(tmp_path / "rows.json", json.dumps([*ROWS, {"input": "word " * 300, "output": "x", "qtype": "OPENENDED"}]))
+    done = run_script(*ppo_words(tiny_model, rows, tmp_path / "tiny", overall_steps=1, long_prompts="drop"))
+    assert done.returncode == 0, done.stderr
+    assert "1 of 7 rows dropped, their prompts have 512 tokens or more" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluation.py", "--peft_model_name=x"], "--base_model_name is missing"),
+        (
+            ["evaluation.py", "--base_model_name=x", "--peft_model_name=outputs/none"],
+            "outputs/none: no adapter_config.json, expected a checkpoint folder",
+        ),
+        (
+            ["evaluation.py", "--base_model_name=x", "--peft_model_name=x", "--evaluations", "mmlu"],
+            "--evaluations holds 'mmlu', expected alpaca",
+        ),
+        (["eval_monotonicity.py"], "--model_prefix is missing"),
+        (
+            ["eval_monotonicity.py", "--output_dir=none", "--model_prefix=x"],
+            "none: no such folder, expected the one that holds the checkpoints",
+        ),
+        (["eval_monotonicity.py", "--output_dir=data", "--model_prefix=x"], "data: no folder x_step_<k>"),
+    ],
+)
+def test_bad_commands_of_the_other_scripts(words, message):
+    done = run_script(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_every_setting():
+    done = run_script("run_ppo.py", "--help")
+    assert done.returncode == 0
+    assert "KL coefficient at the start" in done.stdout and "accelerate launch" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_sigterm_ends_with_a_line(tiny_model, rows_file, tmp_path):
+    import signal
+    import subprocess
+    import time
+
+    from conftest import REPOSITORY
+
+    words = ppo_words(tiny_model, rows_file, tmp_path / "tiny", overall_steps=100000, save_freq=100000)
+    process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "tiny_step_0").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "interrupted: what was finished is kept"
+    assert [path.name for path in tmp_path.glob("*_step_*")] == ["tiny_step_0"]

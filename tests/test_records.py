@@ -1,0 +1,103 @@
+"""Files in and out: one clear line for what is wrong, all or nothing for what is written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+
+import pytest
+
+from records import QTYPES, InputError, atomic_path, provenance, read_json, read_rows, require_finite, write_json
+
+FIELDS = {"input": None, "qtype": QTYPES}
+GOOD = [{"input": "a", "qtype": "OPENENDED"}, {"input": "b", "qtype": "CONSTRAINED"}]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
+def test_reading(tmp_path, name):
+    text = json.dumps(GOOD) if name.endswith(".json") else "\n".join(map(json.dumps, GOOD)) + "\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert read_rows(path, FIELDS) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", b"", "rows.json: empty file, expected a JSON list of rows"),
+        ("rows.json", b"[]", "rows.json: no rows, expected at least one"),
+        ("rows.jsonl", b"\n\n", "rows.jsonl: no rows, expected at least one"),
+        ("rows.json", b'[{"input": ', r"rows.json: broken JSON \(Expecting value at line 1, column"),
+        ("rows.jsonl", b'{"input": "a", "qtype": "OPENENDED"}\n{oops}\n', "rows.jsonl: line 2: broken JSON"),
+        ("rows.json", b'{"input": "a"}', "expected a JSON list of rows, found dict"),
+        ("rows.json", b'[{"input": "a", "qtype": "OPENENDED"}, {"qtype": "OPENENDED"}]', "row 2: field 'input' is missing, expected text"),
+        ("rows.json", b'[{"input": 3, "qtype": "OPENENDED"}]', "row 1: field 'input' is int, expected text"),
+        ("rows.json", b'[{"input": "a", "qtype": "OPEN"}]', "row 1: field 'qtype' is 'OPEN', expected OPENENDED or CONSTRAINED"),
+        ("rows.json", b'["a"]', "row 1: expected an object, found str"),
+        ("rows.json", b'["\xff"]', "byte 2 is not UTF-8 text"),
+        ("rows.json.gz", b"no gzip", "not a whole gzip file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_rows(path, FIELDS)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(InputError, match="nowhere.json: no such file"):
+        read_rows(tmp_path / "nowhere.json", FIELDS)
+    with pytest.raises(InputError, match="nowhere.json: no such file"):
+        read_json(tmp_path / "nowhere.json")
+
+
+def test_finite():
+    assert require_finite([1, 2.5], "score") == [1.0, 2.5]
+    with pytest.raises(InputError, match="score: row 2 has the value inf"):
+        require_finite([1.0, float("inf")], "score")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "out.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert read_json(target) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    target = tmp_path / "checkpoint"
+    for name in ("first", "second"):
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name, encoding="utf-8")
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_nan_is_not_json(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "out.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_provenance_names_commit_and_versions(monkeypatch, tmp_path):
+    record = provenance(seed=7)
+    assert record["seed"] == 7
+    assert record["packages"]["trl"] == "0.9.6"
+    monkeypatch.setattr("records.REPOSITORY", tmp_path)
+    assert provenance()["commit"] == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "file").write_text("1", encoding="utf-8")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert provenance()["commit"] == head
+    (tmp_path / "file").write_text("2", encoding="utf-8")
+    assert provenance()["commit"] == f"{head}-dirty"

@@ -1,0 +1,85 @@
+"""Settings: YAML and command line by the same rules, unknown ones refused, none declared that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+from dataclasses import dataclass
+
+import pytest
+from conftest import REPOSITORY
+
+from records import InputError
+from settings import parse_settings, setting
+
+SCRIPTS = {
+    "run_ppo": "PPOSettings",
+    "evaluation": "EvaluationSettings",
+    "eval_monotonicity": "MonotonicitySettings",
+    "train_gold_rm": "GoldTrainingSettings",
+    "embedded_models": "EmbeddedModelSettings",
+}
+
+
+@dataclass
+class Example:
+    rate: float = setting(1e-5, "a rate")
+    steps: int = setting(10, "a count")
+    active: bool = setting(True, "a switch")
+    names: list[str] = setting(["a"], "some names")
+
+
+def test_both_spellings_and_yaml_with_overrides(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("rate: 1e-4\nsteps: 3\nactive: false\nnames: [x, y]\n", encoding="utf-8")
+    assert parse_settings(Example, []) == Example(1e-5, 10, True, ["a"])
+    assert parse_settings(Example, ["--rate=2e-5", "--steps", "4", "--active=false"]) == Example(2e-5, 4, False, ["a"])
+    assert parse_settings(Example, ["--config", str(config)]) == Example(1e-4, 3, False, ["x", "y"])
+    assert parse_settings(Example, ["--steps", "9", f"--config={config}", "--active=true"]) == Example(1e-4, 9, True, ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words", "message"),
+    [
+        ("speed: 3\n", [], "c.yaml: unknown setting 'speed'"),
+        ("steps: many\n", [], "argument --steps: invalid int value: 'many'"),
+        ("- a\n", [], "c.yaml: expected a mapping of settings"),
+        ("a: [\n", [], "c.yaml: broken YAML at line"),
+        ("steps: 1\n", ["--speed=3"], "unrecognized arguments: --speed=3"),
+        ("steps: 1\n", ["--step=3"], "unrecognized arguments: --step=3"),
+    ],
+)
+def test_bad_settings(tmp_path, yaml, words, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        parse_settings(Example, ["--config", str(config), *words])
+
+
+@pytest.mark.parametrize(("script", "cls"), SCRIPTS.items())
+def test_every_declared_setting_is_read_and_explained(script, cls):
+    fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
+    tree = ast.parse((REPOSITORY / f"{script}.py").read_text(encoding="utf-8"))
+    body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name == cls)]
+    read = {
+        node.attr
+        for part in body
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "settings"
+    }
+    unread = {field.name for field in fields} - read
+    assert unread == set()
+    assert all(field.metadata["help"] for field in fields)
+
+
+@pytest.mark.parametrize("config", ["demo", "paper"])
+def test_shipped_configurations_parse(config):
+    from run_ppo import PPOSettings
+
+    settings = parse_settings(PPOSettings, ["--config", str(REPOSITORY / "configs" / f"{config}.yaml"), "--model_name=m"])
+    assert settings.reward_branching and settings.relevance_scaling
+    if config == "paper":
+        optimizer_steps = settings.ppo_epochs * settings.batch_size // (settings.mini_batch_size * settings.gradient_accumulation_steps)
+        assert optimizer_steps == 32
+        assert (settings.learning_rate, settings.lora_r, settings.output_max_length, settings.seed) == (1e-5, 8, 512, 42)
