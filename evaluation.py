@@ -62,7 +62,7 @@ def load_merged(base: str, adapter: str, device: str, cache_dir: str | None) -> 
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device).eval()
 
 
 def compare_with_baseline(rows: list[dict], baseline: list[dict], template: ChatTemplate) -> dict[str, float]:

@@ -62,7 +62,7 @@ def generate_responses(
     """Sample one response to each prompt.
 
     Args:
-        model: a causal LM, or TRL's wrapper with a value head; put into eval mode while this runs.
+        model: a causal LM in eval mode, or TRL's wrapper with a value head.
         prompts: token ids; sorted by length here, so that a batch holds little padding.
         seed: of the draws; the global random state is left as it was.
         description: of the progress bar; no bar without it.
@@ -73,8 +73,6 @@ def generate_responses(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     responses: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
         torch.manual_seed(seed)
@@ -88,7 +86,6 @@ def generate_responses(
             for row, sequence in zip(rows, generated[:, longest:].tolist()):
                 responses[row] = until_eos(sequence, tokenizer.eos_token_id)
             bar.update(len(rows))
-    model.train(was_training)
     return responses
 
 

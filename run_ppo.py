@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from settings import parse_settings, setting
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
     from chat_templates import ChatTemplate
@@ -55,7 +56,7 @@ class PPOSettings:
     output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>")
     logging_dir: str = setting("", "logs; empty means <output_dir>/logs")
     log_with: str = setting("tensorboard", "tracker: tensorboard, wandb or none (metrics.jsonl is always written)")
-    overwrite: bool = setting(False, "replace checkpoints that an earlier run left at output_dir")
+    overwrite: bool = setting(False, "remove the checkpoints that an earlier run left at output_dir")
 
     overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process")
     save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts")
@@ -339,20 +340,23 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
         target_modules=settings.lora_target_modules,
     )
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
-    if settings.gradient_checkpointing:
-        checkpoint_in_eval_mode(policy.pretrained_model)
+    keep_in_eval_mode(policy)
     return policy
 
 
-def checkpoint_in_eval_mode(model: PreTrainedModel) -> None:
-    """Let gradient checkpointing act although TRL's losses run in eval mode (so that old and new policy agree, dropout off).
+def keep_in_eval_mode(policy: AutoModelForCausalLMWithValueHead) -> None:
+    """Pin the policy to eval mode: rollouts, old and new log-probabilities then come from one and the same distribution.
 
-    Layers checkpoint when their own `training` flag is set; it is set exactly when gradients are being recorded. The modules
-    inside them, dropout among them, stay in eval mode.
+    TRL computes its losses in eval mode but leaves the policy in train mode, so that rollouts would be drawn with dropout, and the
+    backward pass of gradient checkpointing would recompute with it. Layers checkpoint when their own `training` flag is set: it
+    follows the grad mode, while everything inside them stays as it is.
     """
     import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    policy.eval()
+    policy.train = lambda mode=True: policy
+    model = policy.pretrained_model.get_base_model()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def follow_grad_mode(module, args):
@@ -460,9 +464,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
     output = Path(settings.output_dir)
-    earlier = sorted(path.name for path in output.parent.glob(f"{output.name}_step_*"))
+    earlier = sorted(output.parent.glob(f"{output.name}_step_*"))
     if earlier and not settings.overwrite:
-        raise InputError(f"{output.parent / earlier[0]}: exists already (--overwrite=true replaces the checkpoints of an earlier run)")
+        raise InputError(f"{earlier[0]}: exists already (--overwrite=true removes the checkpoints of an earlier run)")
 
     # 1. Everything a user can get wrong, before any model loads.
     from chat_templates import load_template
@@ -498,6 +502,8 @@ def main() -> None:
     decoding = Decoding(max_new_tokens=settings.output_max_length)
     metrics_path = Path(settings.logging_dir) / "metrics.jsonl"
     if accelerator.is_main_process:
+        for checkpoint in earlier:
+            shutil.rmtree(checkpoint)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         metrics_path.write_text("", encoding="utf-8")
     dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
@@ -508,8 +514,7 @@ def main() -> None:
 
     data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
     for step, batch in zip(range(1, settings.overall_steps + 1), data):
-        # 4. Rollouts, in eval mode: the losses are, and a policy that samples with dropout is another policy.
-        trainer.model.eval()
+        # 4. Rollouts.
         queries = [torch.tensor(prompt.tokens) for prompt in batch]
         generated = trainer.generate(
             queries, batch_size=settings.batch_size, return_prompt=False, remove_padding=True, **decoding.generate_kwargs(tokenizer)

@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shlex
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +37,7 @@ DAMAGES = ("another prompt's answer", "repetition", "cut")
 @dataclass
 class GoldTrainingSettings:
     preferences: str = setting("", "preference pairs: .json, .jsonl, or either gzipped")
+    data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
     pairs: int = setting(3000, "training pairs (one epoch)")
@@ -242,6 +245,35 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     shutil.rmtree(unfinished)
 
 
+CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
+
+Trained by `train_gold_rm.py` with the Bradley-Terry loss; `reward_model.load_gold_reward_model` reads this folder.
+Settings, seed, commit and package versions: `training_record.json`.
+
+**Data and licence.** {settings.data_note}
+
+**Command.** `{command}`
+
+**Training pairs.** {settings.pairs}, one epoch; half of the preferences with the longer answer preferred and half with the shorter, as far as
+the data holds them; {share:.0%} of the pairs set the preferred answer against a damaged text. Conversations are cut on the left at
+{settings.max_length} tokens.
+
+**Held-out accuracy** (prompts that training never saw; a pair counts as right when the preferred answer scores higher):
+
+| pairs | accuracy | n |
+|---|---|---|
+{rows}
+"""
+
+
+def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, float]]) -> None:
+    """Write the model card, in place of the empty form that PEFT leaves."""
+    rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['n']} |" for name, row in measured.items())
+    card = CARD.format(settings=settings, command=shlex.join(["python", *sys.argv]), share=settings.damaged_share, rows=rows)
+    with atomic_path(Path(settings.output_dir) / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(GoldTrainingSettings, description=__doc__)
@@ -262,6 +294,7 @@ def main() -> None:
         print(f"{name:36} {row['accuracy']:.3f}  (n={row['n']})")
     if not settings.evaluate_only:
         write_json(Path(settings.output_dir) / "training_record.json", {**record, "heldout": measured})
+        write_card(settings, measured)
 
 
 if __name__ == "__main__":

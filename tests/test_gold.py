@@ -160,6 +160,8 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     record = read_json(output / "training_record.json")
     assert record["heldout"]["all preferences"]["n"] > 0
     assert record["seed"] == 42
+    heldout = record["heldout"]["all preferences"]
+    assert f"| all preferences | {heldout['accuracy']:.3f} | {heldout['n']} |" in (output / "README.md").read_text(encoding="utf-8")
     scores = load_gold_reward_model(str(output), device="cpu").get_reward(BATCH)
     assert len(set(scores)) == len(ROWS)
     assert not output.with_name("gold.unfinished").exists()
