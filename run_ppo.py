@@ -417,7 +417,9 @@ def evaluate(trainer: PPOTrainer, score, prompts: list[Prompt], settings: PPOSet
     return rows, means
 
 
-def save_checkpoint(trainer: PPOTrainer, step: int, settings: PPOSettings, dev_rows: list[dict], dev_means: dict) -> None:
+def save_checkpoint(
+    trainer: PPOTrainer, step: int, settings: PPOSettings, decoding: Decoding, dev_rows: list[dict], dev_means: dict[str, float]
+) -> None:
     """Write <output_dir>_step_<step> at once: adapter, value head, record of the run, development rollouts. Main process only."""
     from safetensors.torch import save_file
 
@@ -429,7 +431,7 @@ def save_checkpoint(trainer: PPOTrainer, step: int, settings: PPOSettings, dev_r
             dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
             model=settings.model_name,
             template=settings.chat_template_name,
-            decoding={"max_new_tokens": settings.output_max_length, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+            decoding=asdict(decoding),
             processes=trainer.accelerator.num_processes,
             kl_coef=float(trainer.kl_ctl.value),
             development=dev_means,
@@ -506,8 +508,9 @@ def main() -> None:
             shutil.rmtree(checkpoint)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         metrics_path.write_text("", encoding="utf-8")
+        write_json(metrics_path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
     dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
-    save_checkpoint(trainer, 0, settings, dev_rows, dev_means)
+    save_checkpoint(trainer, 0, settings, decoding, dev_rows, dev_means)
     bar = tqdm(total=settings.overall_steps, desc="PPO", unit="step", disable=not accelerator.is_main_process)
     if accelerator.is_main_process:
         tqdm.write(f"step 0: development {describe(dev_means)}")
@@ -541,12 +544,13 @@ def main() -> None:
         last = step == settings.overall_steps
         if last or step % settings.save_freq == 0:
             dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
-            save_checkpoint(trainer, step, settings, dev_rows, dev_means)
+            save_checkpoint(trainer, step, settings, decoding, dev_rows, dev_means)
             stats.update(dev_means)
         trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
         if accelerator.is_main_process:
             with metrics_path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **scalars(stats)}) + "\n")
+                line = {name: value if math.isfinite(value) else None for name, value in scalars(stats).items()}
+                log.write(json.dumps({"step": step, **line}) + "\n")
             bar.update()
             bar.set_postfix(reward=f"{own['total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
             if step % settings.sample_freq == 0 or last:

@@ -83,3 +83,15 @@ def test_shipped_configurations_parse(config):
         optimizer_steps = settings.ppo_epochs * settings.batch_size // (settings.mini_batch_size * settings.gradient_accumulation_steps)
         assert optimizer_steps == 32
         assert (settings.learning_rate, settings.lora_r, settings.output_max_length, settings.seed) == (1e-5, 8, 512, 42)
+
+
+PUBLISHED = """exp_name model_name overall_steps seed save_freq output_dir cache_dir dataset_path dev_prompt_path logging_dir output_max_length
+batch_size mini_batch_size gradient_accumulation_steps learning_rate lora_r lora_alpha lora_dropout reward_model_batch_size length_incentive
+repetition_penalty relevance_scaling reward_branching chat_template_name rollout_postprocessing reward_baseline init_kl_coef target_kl
+adap_kl_ctrl early_stopping ppo_epochs use_optimizer_setup warmup_ratio gradient_checkpointing tokenizer_name log_with reward_model_name"""
+
+
+def test_published_flags_keep_their_names():
+    from run_ppo import PPOSettings
+
+    assert set(PUBLISHED.split()) <= {field.name for field in dataclasses.fields(PPOSettings)}
