@@ -250,7 +250,7 @@ CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
 Trained by `train_gold_rm.py` with the Bradley-Terry loss; `reward_model.load_gold_reward_model` reads this folder.
 Settings, seed, commit and package versions: `training_record.json`.
 
-**Data and licence.** {settings.data_note}
+**Data and licence.** {note}
 
 **Command.** `{command}`
 
@@ -269,7 +269,9 @@ the data holds them; {share:.0%} of the pairs set the preferred answer against a
 def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, float]]) -> None:
     """Write the model card, in place of the empty form that PEFT leaves."""
     rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['n']} |" for name, row in measured.items())
-    card = CARD.format(settings=settings, command=shlex.join(["python", *sys.argv]), share=settings.damaged_share, rows=rows)
+    card = CARD.format(
+        settings=settings, command=shlex.join(["python", *sys.argv]), note=settings.data_note, share=settings.damaged_share, rows=rows
+    )
     with atomic_path(Path(settings.output_dir) / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
 
