@@ -41,10 +41,10 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)  # on a line of its own: a progress bar may stand on this one
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept", file=sys.stderr)
+        print("\ninterrupted: what was finished is kept", file=sys.stderr)
         sys.exit(130)
 
 
