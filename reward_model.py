@@ -13,9 +13,9 @@ Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model A
 from __future__ import annotations
 
 import functools
-import json
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,7 +25,7 @@ from nltk.tokenize import wordpunct_tokenize
 from torch import nn
 
 from chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from records import QTYPES, REPOSITORY, InputError, require_finite
+from records import QTYPES, REPOSITORY, InputError, read_json, require_finite
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -249,7 +249,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response
     return ids[-max_length:]
 
 
-class _GoldRewardModel:
+class _GoldRewardModel(ABC):
     """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int, max_length: int):
@@ -294,9 +294,9 @@ class _GoldRewardModel:
 
     pad_token_id: int
 
+    @abstractmethod
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[rows, time] ids and mask, padded on the right, to [rows] scores."""
-        raise NotImplementedError
 
 
 class StarlingRMForInference(_GoldRewardModel):
@@ -374,11 +374,14 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         adapter = Path(name_or_path) / "adapter_config.json"
-        base = adapter_base(name_or_path) if adapter.is_file() else name_or_path
+        is_adapter = adapter.is_file()
+        base = adapter_base(name_or_path) if is_adapter else name_or_path
+        # A reward adapter carries the head itself; a plain model must bring it, or its scores would be random numbers.
+        if is_adapter and read_json(adapter)["task_type"] != "SEQ_CLS":
+            raise InputError(f"{adapter}: task_type is {read_json(adapter)['task_type']!r}, expected SEQ_CLS, a reward model's")
         tokenizer = AutoTokenizer.from_pretrained(base)
-        # A PEFT reward adapter carries the head itself; a plain model must bring it, or its scores would be random numbers.
-        model = _load_model(AutoModelForSequenceClassification, base, device, new_head=adapter.is_file())
-        if adapter.is_file():
+        model = _load_model(AutoModelForSequenceClassification, base, device, new_head=is_adapter)
+        if is_adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
@@ -427,7 +430,7 @@ def adapter_base(adapter: str | Path) -> str:
     Raises:
         InputError: the folder does not exist in either place and the name is not one of a hub.
     """
-    base = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
     for candidate in (Path(base), REPOSITORY / base):
         if candidate.is_dir():
             return str(candidate)
@@ -447,7 +450,7 @@ def _weight_names(folder: Path) -> Iterable[str]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys()
+        return read_json(index)["weight_map"].keys()
     single = folder / "model.safetensors"
     if not single.is_file():
         return ()

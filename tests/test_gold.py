@@ -107,6 +107,13 @@ def test_an_adapter_without_its_base_is_refused(tmp_path):
         load_gold_reward_model(str(tmp_path), device="cpu")
 
 
+def test_a_policy_is_no_reward_model(tiny_model, tmp_path):
+    config = {"base_model_name_or_path": str(tiny_model), "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="task_type is 'CAUSAL_LM', expected SEQ_CLS"):
+        load_gold_reward_model(str(tmp_path), device="cpu")
+
+
 def test_bradley_terry_loss():
     # -log sigmoid(1) = 0.31326, -log sigmoid(-2) = 2.12693
     assert bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 2.0])).item() == pytest.approx(
