@@ -1,0 +1,82 @@
+"""The monotonicity stage on files made by hand: which checkpoints count, what is refused, and the arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from eval_monotonicity import MonotonicitySettings, find_checkpoints, paired_difference, proxy_settings, read_gold_scores
+from records import InputError
+
+
+def make_run(folder, steps, instructions=("a", "b")):
+    for step in steps:
+        checkpoint = folder / f"run_step_{step}"
+        checkpoint.mkdir()
+        rows = [{"instruction": text, "output": f"{text} {step}"} for text in instructions]
+        (checkpoint / f"alpaca-eval-run_step_{step}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return MonotonicitySettings(output_dir=str(folder), model_prefix="run")
+
+
+def test_paired_difference():
+    mean, error = paired_difference([1.0, 2.0, 3.0], [2.0, 4.0, 3.0])
+    assert mean == 1.0
+    assert error == pytest.approx(1 / math.sqrt(3))  # the differences 1, 2, 0 have a sample standard deviation of 1
+
+
+def test_checkpoints_are_found_by_number(tmp_path, capsys):
+    settings = make_run(tmp_path, [0, 500, 1000, 1500, 10000])
+    (tmp_path / "run_step_2000").mkdir()  # no rollouts
+    (tmp_path / "run_step_x").mkdir()
+    (tmp_path / "rerun_step_500").mkdir()
+    assert [point.step for point in find_checkpoints(settings)] == [500, 1000, 1500, 10000]
+    assert capsys.readouterr().out == "without rollouts, left out: steps 2000\n"
+    settings.include_start = True
+    assert [point.step for point in find_checkpoints(settings)] == [0, 500, 1000, 1500, 10000]
+    settings.steps = [1500, 0, 500]
+    assert [point.step for point in find_checkpoints(settings)] == [0, 500, 1500]
+    settings.steps = [500, 1000, 2000]
+    with pytest.raises(InputError, match="run_step_2000: no rollouts, expected them from evaluation.py"):
+        find_checkpoints(settings)
+
+
+def test_too_few_checkpoints(tmp_path):
+    with pytest.raises(InputError, match="2 checkpoints of run with rollouts, expected at least 3"):
+        find_checkpoints(make_run(tmp_path, [500, 1000]))
+
+
+def test_rollouts_on_other_instructions_are_refused(tmp_path):
+    settings = make_run(tmp_path, [500, 1000])
+    make_run(tmp_path, [1500], instructions=("a", "c"))
+    with pytest.raises(InputError, match="alpaca-eval-run_step_1500.json: row 2: another instruction than at step 500"):
+        find_checkpoints(settings)
+    (tmp_path / "run_step_1500" / "alpaca-eval-run_step_1500.json").write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
+    with pytest.raises(InputError, match="1 rows, expected 2 as at step 500"):
+        find_checkpoints(settings)
+
+
+def test_the_proxy_is_the_runs_own(tmp_path):
+    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
+    assert proxy_settings(point)["reward_branching"] is True  # without a record: the paper's full design
+    trained = {"repetition_penalty": False, "relevance_scaling": False, "output_max_length": 48, "chat_template_name": "tulu"}
+    (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
+    found = proxy_settings(point)
+    assert (found["repetition_penalty"], found["relevance_scaling"], found["max_sequence_length"], found["template"]) == (
+        False,
+        False,
+        48,
+        "tulu",
+    )
+
+
+def test_gold_tables(tmp_path):
+    table = tmp_path / "gold.json"
+    table.write_text('[{"step": 2, "gold": 0.5}, {"step": 1, "gold": "0.25"}]', encoding="utf-8")
+    assert read_gold_scores(str(table), [1, 2]) == {1: 0.25, 2: 0.5}
+    with pytest.raises(InputError, match="gold.json: no row for step 3"):
+        read_gold_scores(str(table), [1, 2, 3])
+    table.write_text('[{"step": 1, "gold": null}]', encoding="utf-8")
+    with pytest.raises(InputError, match="row 1: field 'gold' is None, expected a number"):
+        read_gold_scores(str(table), [1])
