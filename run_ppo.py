@@ -560,6 +560,8 @@ def main() -> None:
             if last or step % settings.save_freq == 0:
                 tqdm.write(f"step {step}: development {describe(dev_means)}; saved {settings.output_dir}_step_{step}")
     bar.close()
+    # Tearing gloo down while a worker still holds the tensors of the last gather can deadlock; a barrier holds none.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
