@@ -104,7 +104,7 @@ def _load_file(path: Path) -> ChatTemplate:
     lists = []
     for variable in ("stop_strings", "role_headings"):
         texts = getattr(variables, variable, None)
-        if not texts or not all(isinstance(text, str) and text for text in texts):
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError(f"{path}: expected `set {variable} = [...]` with at least one text")
         lists.append(tuple(texts))
     return ChatTemplate(path.stem, source, *lists)

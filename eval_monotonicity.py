@@ -116,8 +116,11 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
 
 
 def proxy_settings(checkpoint: Checkpoint) -> dict:
-    """The proxy of the run, from its record; the paper's full design for checkpoints without one."""
+    """The proxy of the run, from its record; the paper's full design where there is none, or no proxy in it."""
     trained = checkpoint.trained
+    if trained.get("reward_model_name"):
+        print("trained against a reward model: judged by the full proxy design")
+        trained = {name: value for name, value in trained.items() if name not in PROXY_FLAGS}
     return {
         "template": trained.get("chat_template_name", "alpaca"),
         "max_sequence_length": trained.get("output_max_length", 512),
@@ -150,7 +153,7 @@ def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
     if path.endswith(".json"):
         rows = read_rows(path, {})
     else:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
+        rows = list(csv.DictReader(read_text(path).removeprefix("\ufeff").splitlines()))
     scores = {}
     for number, row in enumerate(rows, start=1):
         for field in ("step", "gold"):
@@ -158,7 +161,9 @@ def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
                 float(row[field])
             except (KeyError, TypeError, ValueError):
                 raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number") from None
-        scores[int(row["step"])] = float(row["gold"])
+        if float(row["step"]) in scores:
+            raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
+        scores[int(float(row["step"]))] = float(row["gold"])
     for step in steps:
         if step not in scores:
             raise InputError(f"{path}: no row for step {step}")
@@ -183,6 +188,12 @@ def score_proxy(reward: ReversedEngineeredRewardForInference, checkpoint: Checkp
             "reference": [row["reference"] for row in references],
         }
     )
+
+
+def require_variety(name: str, means: dict[int, float]) -> None:
+    """Raises InputError where every checkpoint has the same mean, so that a rank correlation is undefined."""
+    if len(set(means.values())) == 1:
+        raise InputError(f"every checkpoint has the same mean {name} score {next(iter(means.values())):g}: SpearmanR is undefined")
 
 
 def draw(target: Path, steps: list[int], proxy: list[float], gold: list[float], title: str, description: str) -> None:
@@ -240,6 +251,7 @@ def main() -> None:
     reward = ReversedEngineeredRewardForInference(**{**proxy_of_run, "template": template}, device=device, batch_size=settings.batch_size)
     proxy = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
     proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy.items()}
+    require_variety("proxy", proxy_means)
 
     # 3. Gold.
     gold: dict[int, list[float]] = {}
@@ -255,10 +267,8 @@ def main() -> None:
         gold_means = {step: sum(scores) / len(scores) for step, scores in gold.items()}
 
     # 4. The answer.
+    require_variety("gold", gold_means)
     proxy_curve, gold_curve = [proxy_means[step] for step in steps], [gold_means[step] for step in steps]
-    for name, curve in (("proxy", proxy_curve), ("gold", gold_curve)):
-        if len(set(curve)) == 1:
-            raise InputError(f"every checkpoint has the same mean {name} score {curve[0]:g}: SpearmanR is undefined")
     result = spearmanr(proxy_curve, gold_curve)
     rows = len(checkpoints[0].rows)
     print(f"\n{'step':>8} {'proxy':>10} {'gold':>10} {'rows':>6}")

@@ -466,7 +466,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
     output = Path(settings.output_dir)
-    earlier = sorted(output.parent.glob(f"{output.name}_step_*"))
+    earlier = sorted(path for path in output.parent.glob(f"{output.name}_step_*") if (path / "training_record.json").is_file())
     if earlier and not settings.overwrite:
         raise InputError(f"{earlier[0]}: exists already (--overwrite=true removes the checkpoints of an earlier run)")
 

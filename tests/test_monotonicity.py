@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from eval_monotonicity import MonotonicitySettings, find_checkpoints, paired_difference, proxy_settings, read_gold_scores
+from eval_monotonicity import MonotonicitySettings, find_checkpoints, paired_difference, proxy_settings, read_gold_scores, require_variety
 from records import InputError
 
 
@@ -71,12 +71,31 @@ def test_the_proxy_is_the_runs_own(tmp_path):
     )
 
 
+def test_a_run_against_a_reward_model_is_judged_by_the_full_design(tmp_path, capsys):
+    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
+    trained = {"reward_model_name": "owner/rm", "repetition_penalty": False, "relevance_scaling": False, "reward_branching": False}
+    (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
+    assert proxy_settings(point)["relevance_scaling"] is True
+    assert "judged by the full proxy design" in capsys.readouterr().out
+
+
+def test_equal_means_have_no_rank_correlation():
+    with pytest.raises(InputError, match="the same mean proxy score 0.5: SpearmanR is undefined"):
+        require_variety("proxy", {1: 0.5, 2: 0.5, 3: 0.5})
+
+
 def test_gold_tables(tmp_path):
     table = tmp_path / "gold.json"
     table.write_text('[{"step": 2, "gold": 0.5}, {"step": 1, "gold": "0.25"}]', encoding="utf-8")
     assert read_gold_scores(str(table), [1, 2]) == {1: 0.25, 2: 0.5}
     with pytest.raises(InputError, match="gold.json: no row for step 3"):
         read_gold_scores(str(table), [1, 2, 3])
+    csv = tmp_path / "gold.csv"
+    csv.write_text("\ufeffstep,gold\n1.0,0.5\n", encoding="utf-8")
+    assert read_gold_scores(str(csv), [1]) == {1: 0.5}
+    csv.write_text("step,gold\n1,0.5\n1,0.6\n", encoding="utf-8")
+    with pytest.raises(InputError, match="row 2: step 1 comes twice"):
+        read_gold_scores(str(csv), [1])
     table.write_text('[{"step": 1, "gold": null}]', encoding="utf-8")
     with pytest.raises(InputError, match="row 1: field 'gold' is None, expected a number"):
         read_gold_scores(str(table), [1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import REPOSITORY, ROWS, run_script
 
 from records import read_json, run_main
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
@@ -169,6 +170,12 @@ def test_gradient_checkpointing_changes_no_number(tiny_model, rows_file, tmp_pat
     assert logs[0] == logs[1]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("launch", ["torchrun", "deepspeed"])
 def test_two_processes(tiny_model, rows_file, tmp_path, launch):
     """Data is sharded, every rank ends, and rank 0 alone writes."""
@@ -178,7 +185,7 @@ def test_two_processes(tiny_model, rows_file, tmp_path, launch):
         config.write_text(
             "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nmixed_precision: bf16\n"
             "deepspeed_config: {zero_stage: 2, zero3_init_flag: false}\nnum_machines: 1\nnum_processes: 2\nmachine_rank: 0\n"
-            "main_process_ip: 127.0.0.1\nmain_process_port: 29537\nrdzv_backend: static\n",
+            f"main_process_ip: 127.0.0.1\nmain_process_port: {free_port()}\nrdzv_backend: static\n",
             encoding="utf-8",
         )
         launcher = (*ACCELERATE, "--config_file", str(config))
