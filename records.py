@@ -89,13 +89,17 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> dict:
     """An object from a JSON file. Raises InputError where the file is missing, broken, or holds something else."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    content = _loads(path, read_text(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _loads(path: str | Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
 
 
 def _parse(path: Path, text: str) -> list:
@@ -110,10 +114,7 @@ def _parse(path: Path, text: str) -> list:
         return rows
     if not text.strip():
         raise InputError(f"{path}: empty file, expected a JSON list of rows")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    rows = _loads(path, text)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
     return rows
