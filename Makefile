@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-adapters lint bench
 
 setup: .venv/installed models/SmolLM2-135M-Instruct
 
@@ -27,7 +27,17 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 test: setup lint
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q tests --ignore tests/adapters
+
+# The examples against TRL's, verl's and OpenRLHF's own code, which need other versions than ours.
+.venv-adapters/installed: examples/requirements.txt examples/requirements-signatures.txt constraints.txt
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/pip install --quiet -r examples/requirements.txt
+	.venv-adapters/bin/pip install --quiet --no-deps -r examples/requirements-signatures.txt
+	touch $@
+
+test-adapters: setup .venv-adapters/installed
+	.venv-adapters/bin/python -m pytest -q tests/adapters
 
 bench: setup
 	$(BIN)/python benchmarks/bench_reward.py

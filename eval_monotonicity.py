@@ -15,14 +15,15 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from records import (
     QTYPES,
     InputError,
     atomic_path,
+    check_model_name,
+    match_rows,
     provenance,
     read_json,
     read_rows,
@@ -32,12 +33,8 @@ from records import (
     run_main,
     write_json,
 )
+from reward_model import RewardSettings, reward_batch
 from settings import parse_settings, setting
-
-if TYPE_CHECKING:
-    from reward_model import ReversedEngineeredRewardForInference
-
-PROXY_FLAGS = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
 
 
 @dataclass
@@ -101,8 +98,8 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
         raise InputError(
             f"{parent}: {len(steps)} checkpoints of {settings.model_prefix} with rollouts, expected at least 3 for a correlation"
         )
-    fields = {"instruction": None, "output": None}
-    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), fields)) for step in steps]
+    texts = {"instruction": None, "output": None}
+    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), texts)) for step in steps]
     first = checkpoints[0]
     for checkpoint in checkpoints[1:]:
         if len(checkpoint.rows) != len(first.rows):
@@ -115,37 +112,39 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
     return checkpoints
 
 
-def proxy_settings(checkpoint: Checkpoint) -> dict:
+def proxy_settings(checkpoint: Checkpoint, batch_size: int) -> RewardSettings:
     """The proxy of the run, from its record; the paper's full design where there is none, or no proxy in it."""
-    trained = checkpoint.trained
+    trained = {field.name: checkpoint.trained[field.name] for field in fields(RewardSettings) if field.name in checkpoint.trained}
     if trained.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
-        trained = {name: value for name, value in trained.items() if name not in PROXY_FLAGS}
-    return {
-        "template": trained.get("chat_template_name", "alpaca"),
-        "max_sequence_length": trained.get("output_max_length", 512),
-        "relevance_model_name": trained.get("relevance_model_name", "facebook/contriever"),
-        **{flag: trained.get(flag, True) for flag in PROXY_FLAGS},
-    }
+        trained = {"relevance_model_name": trained["relevance_model_name"]}
+    full = {"repetition_penalty": True, "relevance_scaling": True, "reward_branching": True}
+    return RewardSettings(**{**full, **trained, "reward_model_batch_size": batch_size})
 
 
-def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], branching: bool) -> list[dict]:
-    """One {"qtype", "reference"} per rollout row; empty ones where the proxy does not branch.
+def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
+    """One line where the reward's code is not what it was in training: the run would be judged by another reward than its own."""
+    path = checkpoint.folder / "training_record.json"
+    recorded = read_json(path).get("reward_source", {}) if path.is_file() else {}
+    for name, digest in proxy.reward_source().items():
+        if recorded.get(name, digest) != digest:
+            print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
+
+
+def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
+    """One row of dataset columns per rollout row: the rollout's own where the proxy reads nothing else.
 
     Raises:
-        InputError: the rows are needed and their file is unknown, unusable, or lacks an instruction.
+        InputError: qtypes or references are needed and their file is unknown, unusable, or lacks an instruction.
     """
     rows = checkpoints[0].rows
-    if not branching:
-        return [{"qtype": row.get("qtype"), "reference": None} for row in rows]
     path = settings.data_path or checkpoints[0].meta.get("data_path")
+    if not (proxy.reads_references or proxy.reward_function):
+        return [{"qtype": row.get("qtype")} for row in rows]
     if not path:
-        raise InputError("--data_path is missing: the proxy branches, and no record beside the rollouts says where qtype and reference are")
-    data = {row["instruction"]: row for row in read_rows(path, {"instruction": None, "output": None, "qtype": QTYPES})}
-    for number, row in enumerate(rows, start=1):
-        if row["instruction"] not in data:
-            raise InputError(f"{path}: no row for the instruction of rollout row {number}")
-    return [{"qtype": data[row["instruction"]]["qtype"], "reference": data[row["instruction"]]["output"]} for row in rows]
+        raise InputError("--data_path is missing: the proxy reads references, and no record beside the rollouts says where they are")
+    wanted = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
+    return match_rows(path, [row["instruction"] for row in rows], wanted, str(rollouts_path(checkpoints[0].folder)))
 
 
 def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
@@ -178,15 +177,10 @@ def paired_difference(first: list[float], last: list[float]) -> tuple[float, flo
     return mean, math.sqrt(variance / len(differences))
 
 
-def score_proxy(reward: ReversedEngineeredRewardForInference, checkpoint: Checkpoint, references: list[dict]) -> list[float]:
+def score_proxy(reward, checkpoint: Checkpoint, references: list[dict]) -> list[float]:
     """The proxy reward of each rollout."""
     return reward.get_reward(
-        {
-            "query": [row["instruction"] for row in checkpoint.rows],
-            "response": [row["output"] for row in checkpoint.rows],
-            "qtype": [row["qtype"] for row in references],
-            "reference": [row["reference"] for row in references],
-        }
+        reward_batch([row["instruction"] for row in checkpoint.rows], [row["output"] for row in checkpoint.rows], references)
     )
 
 
@@ -225,30 +219,30 @@ def main() -> None:
     # 1. Everything a user can get wrong, before any model loads.
     checkpoints = find_checkpoints(settings)
     steps = [checkpoint.step for checkpoint in checkpoints]
-    proxy_of_run = proxy_settings(checkpoints[-1])
-    references = read_references(settings, checkpoints, proxy_of_run["relevance_scaling"] and proxy_of_run["reward_branching"])
+    proxy_of_run = proxy_settings(checkpoints[-1], settings.batch_size)
+    references = read_references(settings, checkpoints, proxy_of_run)
 
     from scipy.stats import spearmanr
     from tqdm import tqdm
 
     from chat_templates import TOKENIZER_OWN, load_template
     from generation import load_tokenizer
-    from reward_model import ReversedEngineeredRewardForInference, check_model_name, load_gold_reward_model
+    from gold_models import load_gold_reward_model
 
     if settings.gold_scores:
         gold_means = read_gold_scores(settings.gold_scores, steps)
     else:
         check_model_name(settings.gold_model)
-    if proxy_of_run["relevance_scaling"]:
-        check_model_name(proxy_of_run["relevance_model_name"])
-    template = proxy_of_run["template"]
-    if template == TOKENIZER_OWN:
-        trained = checkpoints[-1].trained
-        template = load_template(template, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]))
+    proxy_of_run.check_reward()
+    warn_of_changed_code(checkpoints[-1], proxy_of_run)
+    trained = checkpoints[-1].trained
+    template_name = trained.get("chat_template_name", "alpaca")
+    own = template_name == TOKENIZER_OWN
+    template = load_template(template_name, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]) if own else None)
 
     # 2. Proxy.
     device = settings.device or None
-    reward = ReversedEngineeredRewardForInference(**{**proxy_of_run, "template": template}, device=device, batch_size=settings.batch_size)
+    reward = proxy_of_run.load_reward(template, trained.get("output_max_length", 512), device)
     proxy = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
     proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy.items()}
     require_variety("proxy", proxy_means)
@@ -289,10 +283,10 @@ def main() -> None:
         settings=asdict(settings),
         model=settings.gold_scores or settings.gold_model,
         dtype=gold_dtype,
-        template=proxy_of_run["template"],
+        template=template.name,
         decoding=checkpoints[0].meta.get("decoding"),
         seed=checkpoints[0].meta.get("seed"),
-        proxy=proxy_of_run,
+        proxy=asdict(proxy_of_run),
     )
     curve = [{"step": step, "proxy": proxy_means[step], "gold": gold_means[step]} for step in steps]
     spearman = {"statistic": float(result.statistic), "pvalue": float(result.pvalue), "n": len(steps)}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, provenance, read_json, read_rows, rollouts_path, run_main, write_json
+from records import InputError, check_model_name, loading, match_rows, provenance, read_json, read_rows, rollouts_path, run_main, write_json
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def load_merged(base: str, adapter: str, device: str, cache_dir: str | None) -> 
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
+    with loading(base, "a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device).eval()
 
 
@@ -81,15 +82,6 @@ def compare_with_baseline(rows: list[dict], baseline: list[dict], template: Chat
     }
 
 
-def read_baseline(path: str, instructions: list[str]) -> list[dict]:
-    """A baseline's rows in the order of `instructions`. Raises InputError naming the first instruction that it lacks."""
-    by_instruction = {row["instruction"]: row for row in read_rows(path, {"instruction": None, "output": None})}
-    for number, instruction in enumerate(instructions, start=1):
-        if instruction not in by_instruction:
-            raise InputError(f"{path}: no row for evaluation row {number}, expected the instruction {instruction[:60]!r}")
-    return [by_instruction[instruction] for instruction in instructions]
-
-
 def run_alpaca(settings: EvaluationSettings) -> None:
     """One sampled response per instruction, written in AlpacaEval's format."""
     # 1. Everything a user can get wrong, before any model loads.
@@ -100,11 +92,12 @@ def run_alpaca(settings: EvaluationSettings) -> None:
         raise InputError(f"{target}: exists already (--overwrite=true replaces it)")
     data = read_rows(settings.data_path, {"instruction": None})
     instructions = [row["instruction"] for row in data]
-    baseline = read_baseline(settings.baseline_model_file, instructions) if settings.baseline_model_file else None
+    baseline = None
+    if settings.baseline_model_file:
+        baseline = match_rows(settings.baseline_model_file, instructions, {"output": None}, settings.data_path)
 
     from chat_templates import encode_prompts, load_template
     from generation import Decoding, generate_responses, load_tokenizer
-    from reward_model import check_model_name
 
     check_model_name(settings.base_model_name)
     record_path = checkpoint / "training_record.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from records import InputError
+from records import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,10 +40,8 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTraine
     """
     from transformers import AutoTokenizer
 
-    try:
+    with loading(name_or_path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, padding_side="left")
-    except OSError as error:
-        raise InputError(f"{name_or_path}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -7,9 +7,11 @@ expected; `run_main` turns it into that line on stderr and exit code 2.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
+LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 QTYPES = ("OPENENDED", "CONSTRAINED")
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "nltk", "numpy", "scipy")
 
@@ -135,17 +138,92 @@ def _check_row(row: object, fields: Mapping[str, Sequence[str] | None], where: s
 
 def require_finite(values: Sequence[float], what: str) -> list[float]:
     """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite."""
-    values = [float(value) for value in values]
+    numbers = []
     for number, value in enumerate(values, start=1):
-        if not math.isfinite(value):
-            raise InputError(f"{what}: row {number} has the value {value}, expected a finite number")
-    return values
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise InputError(f"{what}: row {number} has the value {value!r}, expected a finite number") from None
+        if not math.isfinite(numbers[-1]):
+            raise InputError(f"{what}: row {number} has the value {numbers[-1]}, expected a finite number")
+    return numbers
+
+
+def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[str, Sequence[str] | None], wanted_by: str) -> list[dict]:
+    """The rows of `path` in the order of `instructions`, which are looked up in the rows' `instruction`.
+
+    Args:
+        path: the file.
+        instructions: of the rows that are wanted; a file that holds exactly these, in this order, may hold one of them twice.
+        fields: what each row must carry besides, as in `read_rows`.
+        wanted_by: the file that the instructions come from, for the message.
+
+    Raises:
+        InputError: an unusable file, or an instruction that it does not have.
+    """
+    rows = read_rows(path, {"instruction": None, **fields})
+    if [row["instruction"] for row in rows] == list(instructions):
+        return rows
+    by_instruction = {row["instruction"]: row for row in rows}
+    for number, instruction in enumerate(instructions, start=1):
+        if instruction not in by_instruction:
+            raise InputError(f"{path}: no row for row {number} of {wanted_by}, expected the instruction {instruction[:60]!r}")
+    return [by_instruction[instruction] for instruction in instructions]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def rollouts_path(checkpoint: str | Path) -> Path:
     """Where a checkpoint's AlpacaEval rollouts are; `<same>.meta.json` beside them records how they were made."""
     checkpoint = Path(os.path.abspath(checkpoint))
     return checkpoint / f"alpaca-eval-{checkpoint.name}.json"
+
+
+# ----------------------------------------------------------------------------------------------------------------- models
+
+
+def check_model_name(name_or_path: str) -> None:
+    """Raise InputError for a model that cannot be loaded, as far as can be told without loading anything."""
+    path = Path(name_or_path)
+    if (path / "adapter_config.json").is_file():
+        adapter_base(name_or_path)
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name_or_path}: no config.json in this folder, expected a model or an adapter")
+    elif not path.is_dir() and (name_or_path.startswith(LOCAL_PREFIXES) or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path)):
+        hint = "; `python embedded_models.py` unpacks the embedded models" if name_or_path.startswith("models/") else ""
+        raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
+
+
+def adapter_base(adapter: str | Path) -> str:
+    """The base model of a PEFT adapter folder; a relative folder is looked for here and beside this file.
+
+    Raises:
+        InputError: the folder does not exist in either place and the name is not one of a hub.
+    """
+    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
+    for candidate in (Path(base), REPOSITORY / base):
+        if candidate.is_dir():
+            return str(candidate)
+    check_model_name(base)
+    return base
+
+
+@contextmanager
+def loading(name_or_path: str, what: str) -> Iterator[None]:
+    """Turn "not found", "hub not reachable" and "not such a model" into one line. `what`: a policy, a tokenizer ...
+
+    Raises:
+        InputError: the block raised OSError or ValueError, with their first line.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name_or_path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

@@ -1,11 +1,16 @@
-"""The reward module: white-box features, the reverse-engineered reward, and gold reward models.
+"""The reward module: white-box features, the reverse-engineered reward, and the door for rewards of your own.
 
     from reward_model import ReversedEngineeredRewardForInference
     reward = ReversedEngineeredRewardForInference("alpaca", repetition_penalty=True, relevance_scaling=True, reward_branching=True)
     reward.get_reward({"query": [...], "response": [...], "qtype": [...], "reference": [...]})   # -> list of floats
 
-To design your own reward, write a feature as a pure function beside the ones below and use it in
-`ReversedEngineeredRewardForInference.score`: what that returns as "total" is what PPO maximises.
+As a command it scores rollouts in AlpacaEval's format and prints the mean of each component per file:
+
+    python reward_model.py outputs/*/alpaca-eval-*.json --data_path data/eval.json
+    python reward_model.py outputs/*/alpaca-eval-*.json --data_path data/eval.json --output scores.json --json=true
+
+To design your own reward, edit a feature or `compose` below, or leave this file alone and write a function
+(`--reward_function examples/my_reward.py:my_reward`).
 
 Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model Alignment", EMNLP 2024.
 """
@@ -13,55 +18,107 @@ Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model A
 from __future__ import annotations
 
 import functools
+import importlib.util
+import inspect
+import json
+import os
 import re
+import sys
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from nltk.tokenize import wordpunct_tokenize
-from torch import nn
 
-from chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from records import QTYPES, REPOSITORY, InputError, read_json, require_finite
+from chat_templates import ChatTemplate, load_template
+from records import (
+    QTYPES,
+    InputError,
+    check_model_name,
+    file_digest,
+    match_rows,
+    provenance,
+    read_rows,
+    require_finite,
+    run_main,
+    write_json,
+)
+from settings import parse_settings, setting
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from rouge_score.rouge_scorer import RougeScorer
 
 OPENENDED, CONSTRAINED = QTYPES
-DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
 DEFAULT_RELEVANCE = "facebook/contriever"
-LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
+ROWS_PER_BLOCK = 1024  # rows whose embeddings are in memory at a time
 
 
 # --------------------------------------------------------------------------------------------------------------- features
 
 
 def length_incentive(tokens: Sequence[str]) -> float:
-    """LI = number of tokens / 100. Range [0, inf): unbounded by design; 0 for an empty response."""
+    """LI = number of tokens / 100. Range [0, inf): unbounded by design; 0 for an empty response. (Kim and Seo 2024)"""
     return len(tokens) / 100
 
 
+def targeted_length(tokens: Sequence[str], target: int) -> float:
+    """1 - |number of tokens / target - 1|. Range (-inf, 1]: 1 at the target, 0 for an empty response or one twice as long.
+
+    The length-only reward of Singhal et al. 2023, "A Long Way to Go: Investigating Length Correlations in RLHF".
+    """
+    return 1 - abs(len(tokens) / target - 1)
+
+
 def repetition_penalty(tokens: Sequence[str]) -> float:
-    """RP = unique trigrams / trigrams. Range (0, 1]; 1.0 for fewer than three tokens."""
+    """RP = unique trigrams / trigrams. Range (0, 1]; 1.0 for fewer than three tokens. (Kim and Seo 2024)"""
     trigrams = list(zip(tokens, tokens[1:], tokens[2:]))
     return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
 
 
-def relevance(anchors: torch.Tensor, responses: torch.Tensor) -> list[float]:
-    """Row-wise raw dot product M(anchor) . M(response) of two [rows, dimension] embeddings. Not a cosine, not clamped.
+def query_relevance(queries: torch.Tensor, responses: torch.Tensor) -> list[float]:
+    """QR = M(query) . M(response), row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
 
-    With the instruction as anchor this is query relevance (QR), with the reference answer reference-answer relevance (RAR).
+    Any number: the raw dot product, not a cosine, not clamped.
     """
-    return (anchors * responses).sum(dim=-1).tolist()
+    return (queries * responses).sum(dim=-1).tolist()
+
+
+def reference_relevance(references: torch.Tensor, responses: torch.Tensor) -> list[float]:
+    """RAR = M(reference) . M(response), row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
+
+    Any number: the raw dot product, not a cosine, not clamped.
+    """
+    return (references * responses).sum(dim=-1).tolist()
 
 
 def rescale(value: float, max_sequence_length: int) -> float:
-    """F(r) = r / 3.5 * max_sequence_length / 100: maps [0, 3.5] onto [0, 5.12] for 512 tokens; linear, not clipped."""
+    """F(r) = r / 3.5 * max_sequence_length / 100: maps [0, 3.5] onto [0, 5.12] for 512 tokens; linear, not clipped. (Kim and Seo 2024)"""
     return value / 3.5 * (max_sequence_length / 100)
+
+
+def rouge_l(reference: str, response: str) -> float:
+    """F1 of the longest common subsequence of words, stemmed. Range [0, 1]; 0 where either has no ASCII word. (Lin 2004, rouge-score)"""
+    return _rouge_scorer().score(reference, response)["rougeL"].fmeasure
+
+
+def bleu(reference: str, response: str) -> float:
+    """BLEU of one sentence: up to 4-grams, 13a tokens, exponential smoothing. Range [0, 1]. (Papineni et al. 2002, sacrebleu)"""
+    from sacrebleu import sentence_bleu
+
+    return min(sentence_bleu(response, [reference]).score / 100, 1.0)  # a perfect match comes out as 100.00000000000004
+
+
+@functools.cache
+def _rouge_scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+MATCHES = {"rouge_l": rouge_l, "bleu": bleu}  # features of (reference, response)
 
 
 def query_text(query: str, template: ChatTemplate) -> str:
@@ -76,53 +133,43 @@ def query_text(query: str, template: ChatTemplate) -> str:
     return re.sub(r"\s+", " ", text.replace(" : ", " ")).strip(" :")
 
 
-def load_relevance_model(name_or_path: str, device: str | None = None, cache_dir: str | None = None) -> SentenceTransformer:
-    """A sentence encoder with mean pooling over the mask, no normalisation, texts truncated on the left.
-
-    The two modules are built here because the settings that some models ship (normalise, cut at 256 tokens) change the dot
-    product that the method is defined with.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    hub = {"cache_dir": cache_dir} if cache_dir else {}
-    transformer = Transformer(name_or_path, model_kwargs=hub, processor_kwargs={**hub, "truncation_side": "left"}, config_kwargs=hub)
-    positions = transformer.auto_model.config.max_position_embeddings
-    transformer.max_seq_length = min(transformer.tokenizer.model_max_length, positions)
-    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device=device)
-
-
 # ------------------------------------------------------------------------------------------------------- the proxy reward
 
 
 class RewardModel(Protocol):
-    """Anything that scores a batch {"query": [...], "response": [...]} row by row."""
+    """Anything that scores a batch of equally long columns, "query" and "response" among them."""
 
-    def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]: ...
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]: ...
 
 
 class ReversedEngineeredRewardForInference:
     """The white-box proxy reward.
 
-    With LI, RP, QR, RAR and F as above, and LI = RP = 1 where their flag is off:
+    With the features above as LI, RP, QR, RAR, F, and each part 1 where its switch is off:
 
-        no relevance                     R = LI * RP
-        relevance                        R = LI * QR * RP
-        relevance and branching          R = LI * QR * RP   where qtype is OPENENDED
-                                         R = F(RAR) * RP    where qtype is CONSTRAINED
+        no branching                     R = LI * QR * RP * ROUGE * BLEU
+        branching, qtype OPENENDED       R = LI * QR * RP
+        branching, qtype CONSTRAINED     R = F(RAR) * RP * ROUGE * BLEU
+
+    The paper's full design is LI, RP, relevance and branching; ROUGE-L and BLEU to the reference are off unless asked for.
+    A response may be any text. An empty one (or one of white space, or one cut at its very start) has LI 0 and RP 1; the
+    relevance model sees it uncut, as its special tokens where there is nothing else.
 
     Args:
         template: a template name ("alpaca") or a `ChatTemplate`: its stop strings end a response, its frame is taken off queries.
         max_sequence_length: the longest response in tokens, as F uses it.
         length_incentive, repetition_penalty, relevance_scaling, reward_branching: the parts, as above.
-        do_strip: cut responses at the first stop string before counting. The relevance model always sees the uncut response.
+        length_target: tokens; where above 0, `targeted_length` takes LI's place.
+        rouge_l, bleu: the two matches with the reference.
+        do_strip: cut responses at the first stop string before counting and matching. The relevance model always sees the uncut response.
         relevance_model_name: hub name or folder of the encoder M; loaded only with `relevance_scaling`.
         device: of the encoder; the best there is by default.
-        batch_size: texts per encoder batch.
+        batch_size: most texts per encoder batch.
         cache_dir: where hub downloads are kept.
+        embedding_cache: file that keeps the embeddings of queries and references over runs; without it they last as long as this object.
 
     Raises:
-        InputError: unknown template, or a length that is not positive.
+        InputError: unknown template, unusable model or cache, or a length that is out of range.
     """
 
     def __init__(
@@ -133,25 +180,38 @@ class ReversedEngineeredRewardForInference:
         repetition_penalty: bool = False,
         relevance_scaling: bool = False,
         reward_branching: bool = False,
+        length_target: int = 0,
+        rouge_l: bool = False,
+        bleu: bool = False,
         do_strip: bool = True,
         relevance_model_name: str = DEFAULT_RELEVANCE,
         device: str | None = None,
         batch_size: int = 32,
         cache_dir: str | None = None,
+        embedding_cache: str = "",
     ) -> None:
         if max_sequence_length < 1:
             raise InputError(f"max_sequence_length is {max_sequence_length}, expected at least 1")
-        if reward_branching and not relevance_scaling:
+        if length_target < 0:
+            raise InputError(f"length_target is {length_target}, expected 0 (off) or a number of tokens")
+        has_branches = relevance_scaling or rouge_l or bleu
+        if reward_branching and not has_branches:
             warnings.warn("reward_branching without relevance_scaling changes nothing: the reward has no branches", stacklevel=2)
         self.template = load_template(template) if isinstance(template, str) else template
         self.max_sequence_length = max_sequence_length
         self.length_incentive = length_incentive
+        self.length_target = length_target
         self.repetition_penalty = repetition_penalty
         self.relevance_scaling = relevance_scaling
-        self.reward_branching = reward_branching and relevance_scaling
+        self.reward_branching = reward_branching and has_branches
+        self.rouge_l = rouge_l
+        self.bleu = bleu
         self.do_strip = do_strip
-        self.batch_size = batch_size
-        self.relevance_model = load_relevance_model(relevance_model_name, device, cache_dir) if relevance_scaling else None
+        self.relevance_model = None
+        if relevance_scaling:
+            from relevance import RelevanceModel
+
+            self.relevance_model = RelevanceModel(relevance_model_name, device, batch_size, cache_dir, embedding_cache)
 
     @property
     def required_columns(self) -> list[str]:
@@ -160,321 +220,365 @@ class ReversedEngineeredRewardForInference:
         if self.relevance_scaling:
             columns.append("query")
         if self.reward_branching:
-            columns += ["qtype", "reference"]
+            columns.append("qtype")
+        if self.reward_branching or self.rouge_l or self.bleu:
+            columns.append("reference")
         return columns
 
-    def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
         """The rewards of a batch, one float a row: the "total" column of `score`."""
         return self.score(batch)["total"]
 
-    def score(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list]:
+    def score(self, batch: Mapping[str, Sequence], every_feature: bool = False) -> dict[str, list]:
         """The named components of every row's reward.
 
         Args:
-            batch: equally long columns "query" (raw instruction or rendered prompt), "response", "qtype" and "reference";
-                the last two, and the query, only where the settings use them.
+            batch: equally long columns of texts: "query" (raw instruction or rendered prompt), "response", "qtype" and
+                "reference", the last three only where the settings use them; other columns are ignored.
+            every_feature: compute each feature that is switched on for all rows, whatever a row's own branch uses.
 
         Returns:
-            Columns "length" (LI), "repetition" (RP), "query_relevance" (QR), "reference_relevance" (RAR), "branch" and
-            "total". A relevance that a row's branch does not use is None.
+            Columns "length" (LI or targeted), "repetition" (RP), "query_relevance" (QR), "reference_relevance" (RAR), "rouge_l"
+            and "bleu" where they are on, "branch" and "total". A feature that a row's branch does not use is None.
 
         Raises:
-            InputError: a missing or short column, an unknown qtype, or a reward that is not finite.
+            InputError: a missing or short column, a cell that is not text, an unknown qtype, or a reward that is not finite.
         """
-        self._check(batch)
-        responses = batch["response"]
-        tokens = [wordpunct_tokenize(self.template.strip_response(text) if self.do_strip else text) for text in responses]
-        length = [length_incentive(row) for row in tokens]
-        repetition = [repetition_penalty(row) for row in tokens]
-        branch = list(batch["qtype"]) if self.reward_branching else [OPENENDED] * len(responses)
-        relevances = self._relevances(batch, branch) if self.relevance_scaling else [None] * len(responses)
+        check_batch(batch, self.required_columns)
+        branch = list(batch["qtype"]) if self.reward_branching else [OPENENDED] * len(batch["response"])
+        by_query = [every_feature or name == OPENENDED for name in branch]
+        by_reference = [(every_feature and "reference" in batch) or name == CONSTRAINED for name in branch]
 
-        total = []
-        for li, rp, rel, row_branch in zip(length, repetition, relevances, branch):
-            li = li if self.length_incentive else 1.0
-            rp = rp if self.repetition_penalty else 1.0
-            if rel is None:
-                total.append(li * rp)
-            elif row_branch == OPENENDED:
-                total.append(li * rel * rp)
-            else:
-                total.append(rescale(rel, self.max_sequence_length) * rp)
-        return {
-            "length": length,
-            "repetition": repetition,
-            "query_relevance": [rel if name == OPENENDED else None for rel, name in zip(relevances, branch)],
-            "reference_relevance": [rel if name == CONSTRAINED else None for rel, name in zip(relevances, branch)],
-            "branch": branch,
-            "total": require_finite(total, "proxy reward"),
-        }
+        table: dict[str, list] = {"length": [], "repetition": []}
+        matches = {name: [] for name in MATCHES if getattr(self, name)}
+        for row, response in enumerate(batch["response"]):
+            text = self.template.strip_response(response) if self.do_strip else response
+            tokens = wordpunct_tokenize(text)
+            table["length"].append(targeted_length(tokens, self.length_target) if self.length_target else length_incentive(tokens))
+            table["repetition"].append(repetition_penalty(tokens))
+            for name, column in matches.items():
+                used = by_reference[row] or not self.reward_branching
+                column.append(MATCHES[name](batch["reference"][row], text) if used else None)
+        table["query_relevance"], table["reference_relevance"] = self._relevances(batch, by_query, by_reference)
+        table |= matches
+        table["branch"] = branch
+        rows = [dict(zip(table, row)) for row in zip(*table.values())]
+        table["total"] = require_finite([self.compose(row) for row in rows], "proxy reward")
+        return table
 
-    def _relevances(self, batch: Mapping[str, Sequence[str]], branch: Sequence[str]) -> list[float]:
-        anchors = [
-            batch["reference"][row] if name == CONSTRAINED else query_text(batch["query"][row], self.template)
-            for row, name in enumerate(branch)
-        ]
-        return relevance(self._embed(anchors), self._embed(batch["response"]))
+    def compose(self, row: Mapping[str, float | str | None]) -> float:
+        """The formula: one row of components to its reward."""
+        length = row["length"] if self.length_incentive else 1.0
+        repetition = row["repetition"] if self.repetition_penalty else 1.0
+        to_query = row["query_relevance"] if self.relevance_scaling else 1.0
+        if self.reward_branching and row["branch"] == OPENENDED:
+            return length * to_query * repetition
+        match = (row["rouge_l"] if self.rouge_l else 1.0) * (row["bleu"] if self.bleu else 1.0)
+        if not self.reward_branching:
+            return length * to_query * repetition * match
+        to_reference = rescale(row["reference_relevance"], self.max_sequence_length) if self.relevance_scaling else 1.0
+        return to_reference * repetition * match
 
-    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        return self.relevance_model.encode(list(texts), batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False)
-
-    def _check(self, batch: Mapping[str, Sequence[str]]) -> None:
-        for column in self.required_columns:
-            if batch.get(column) is None:
-                raise InputError(f"proxy reward: column '{column}' is missing, expected it with these settings")
-            if len(batch[column]) != len(batch["response"]):
-                raise InputError(f"proxy reward: column '{column}' has {len(batch[column])} rows, expected {len(batch['response'])}")
-        if self.reward_branching:
-            for number, qtype in enumerate(batch["qtype"], start=1):
-                if qtype not in QTYPES:
-                    raise InputError(f"proxy reward: row {number}: qtype is {qtype!r}, expected {' or '.join(QTYPES)}")
-
-
-# ------------------------------------------------------------------------------------------------------ gold reward models
-
-
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
-    """Token ids of one user turn and one assistant turn in the tokenizer's own chat template, the last `max_length` of them.
-
-    A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair.
-    """
-    if not tokenizer.chat_template:
-        ids = tokenizer(query, response)["input_ids"]
-    else:
-        template = load_template(TOKENIZER_OWN, tokenizer)
-        text = template.render_chat(
-            [{"role": "user", "content": query}, {"role": "assistant", "content": response}], add_generation_prompt=False
+    def _relevances(self, batch: Mapping[str, Sequence], by_query: list[bool], by_reference: list[bool]) -> tuple[list, list]:
+        """The columns QR and RAR; None where their mask is False, or without a relevance model."""
+        responses, model = batch["response"], self.relevance_model
+        to_query: list[float | None] = [None] * len(responses)
+        to_reference: list[float | None] = [None] * len(responses)
+        if model is None:
+            return to_query, to_reference
+        kinds = (
+            (to_query, by_query, lambda row: query_text(batch["query"][row], self.template), query_relevance),
+            (to_reference, by_reference, lambda row: batch["reference"][row], reference_relevance),
         )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-max_length:]
+        order = sorted(range(len(responses)), key=lambda row: len(responses[row]))
+        for start in range(0, len(order), ROWS_PER_BLOCK):
+            block = order[start : start + ROWS_PER_BLOCK]
+            embedded = model.embed([responses[row] for row in block])
+            for column, wanted, anchor, feature in kinds:
+                places = [place for place, row in enumerate(block) if wanted[row]]
+                if places:
+                    anchors = model.embed_once([anchor(block[place]) for place in places])
+                    for place, value in zip(places, feature(anchors, embedded[places])):
+                        column[block[place]] = value
+        return to_query, to_reference
 
 
-class _GoldRewardModel(ABC):
-    """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
+def check_batch(batch: Mapping[str, Sequence], columns: Sequence[str]) -> None:
+    """Raises InputError for a missing or short column, a cell that is not text, or an unknown qtype (rows count from 1)."""
+    for column in columns:
+        if batch.get(column) is None:
+            raise InputError(f"reward: column '{column}' is missing, expected it with these settings")
+        if len(batch[column]) != len(batch["response"]):
+            raise InputError(f"reward: column '{column}' has {len(batch[column])} rows, expected {len(batch['response'])}")
+        for number, cell in enumerate(batch[column], start=1):
+            if not isinstance(cell, str):
+                raise InputError(f"reward: row {number}: {column} is {type(cell).__name__}, expected text")
+            if column == "qtype" and cell not in QTYPES:
+                raise InputError(f"reward: row {number}: qtype is {cell!r}, expected {' or '.join(QTYPES)}")
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int, max_length: int):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+
+# --------------------------------------------------------------------------------------------------------- other rewards
+
+
+def load_reward_function(spec: str) -> Callable:
+    """The function that "path/to/file.py:name" names.
+
+    Raises:
+        InputError: no such file, an import that fails, or no such function in it; each says so.
+    """
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not name:
+        raise InputError(f"--reward_function is {spec!r}, expected path/to/file.py:name")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file, expected the reward function's")
+    module_spec = importlib.util.spec_from_file_location(f"reward_function_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(file.resolve().parent))  # its own neighbours can be imported
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever the user's file raises is said in one line
+        raise InputError(f"{path}: its import fails ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        others = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
+        raise InputError(f"{path}: no function '{name}' in it, found {', '.join(others) or 'none'}")
+    return function
+
+
+class FunctionReward:
+    """A user's function as a reward: called with `prompts`, `completions` and the dataset's columns by name.
+
+    That is the convention of TRL's reward functions: `def my_reward(prompts, completions, **columns) -> list[float]`. `prompts` are raw
+    instructions; `reference` and `qtype` are among the columns where the rows have them. In place of floats it may return
+    named columns with "total" among them, which are then logged by name.
+
+    Raises:
+        InputError: the function asks for a column that the rows lack, or returns something else than a finite number a row.
+    """
+
+    def __init__(self, function: Callable, name: str) -> None:
+        self.function = function
         self.name = name
-        self.batch_size = batch_size
-        self.max_length = max_length
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        self.parameters = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
     @property
-    def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+    def required_columns(self) -> list[str]:
+        """The columns of a batch that the function's signature asks for."""
+        own = {"prompts": "query", "completions": "response"}
+        return [own.get(name, name) for name, parameter in self.parameters.items() if parameter.default is parameter.empty]
 
-    def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
-        """One float a row for {"query": raw instructions, "response": responses}, in the order given.
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
+        """The "total" column of `score`."""
+        return self.score(batch)["total"]
 
-        Raises:
-            InputError: columns of different lengths, or a score that is not finite (named by row).
-        """
-        if len(batch["query"]) != len(batch["response"]):
-            raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
-        encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
-        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
-        scores = [0.0] * len(encoded)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for row, score in zip(rows, self._score_ids([encoded[row] for row in rows])):
-                scores[row] = score
-        return require_finite(scores, f"gold reward ({self.name})")
-
-    def encode(self, query: str, response: str) -> list[int]:
-        """Token ids of one row, truncated on the left to `max_length`."""
-        return encode_conversation(self.tokenizer, query, response, self.max_length)
-
-    @torch.inference_mode()
-    def _score_ids(self, encoded: list[list[int]]) -> list[float]:
-        longest = max(map(len, encoded))
-        ids = torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in encoded])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
-        device = self.model.device
-        return self.score_batch(ids.to(device), mask.to(device)).float().tolist()
-
-    pad_token_id: int
-
-    @abstractmethod
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[rows, time] ids and mask, padded on the right, to [rows] scores."""
+    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """What the function says of a batch, as columns with "total" among them."""
+        given = {"prompts": batch["query"], "completions": batch["response"]}
+        given |= {name: list(column) for name, column in batch.items() if name not in ("query", "response")}
+        for column in self.required_columns:
+            if column not in batch:
+                raise InputError(f"reward function {self.name} asks for column '{column}', the rows have {', '.join(sorted(batch))}")
+        result = self.function(**{name: column for name, column in given.items() if self.takes_all or name in self.parameters})
+        table = dict(result) if isinstance(result, Mapping) else {"total": result}
+        if "total" not in table:
+            raise InputError(f"reward function {self.name} returned columns {', '.join(table)}, expected 'total' among them")
+        table = {name: list(column) for name, column in table.items()}
+        for name, column in table.items():
+            if len(column) != len(batch["response"]):
+                raise InputError(f"reward function {self.name}: {len(column)} values in {name}, expected {len(batch['response'])}")
+        table["total"] = require_finite(table["total"], f"reward function {self.name}")
+        return table
 
 
-class StarlingRMForInference(_GoldRewardModel):
-    """Starling-RM: a Llama trunk under `transformer.`, a bias-free linear `v_head`, read at each row's last real token.
+class LearnedReward:
+    """A learned reward model as a reward: the gold stage's models, with `score` for the logs."""
 
-    Args:
-        name_or_path: hub name or folder (safetensors).
-        tokenizer_name: its tokenizer; the default is what Starling-RM-34B was trained with. Its chat template is ChatML.
-        device: "cuda", "cpu", ...; by default every GPU there is (`device_map="auto"`), else the CPU.
-        batch_size: rows per forward pass.
-        human_assistant_prefix: wrap the instruction as "\\n\\nHuman: ...\\n\\nAssistant: " inside the user turn, as the published
-            scoring script did (probably by mistake).
-    """
+    required_columns = ["query", "response"]
 
-    pad_token_id = 0
+    def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
+        from gold_models import load_gold_reward_model
 
-    def __init__(
-        self,
-        name_or_path: str = DEFAULT_GOLD,
-        tokenizer_name: str = "01-ai/Yi-34B-Chat",
-        device: str | None = None,
-        batch_size: int = 8,
-        max_length: int = 2048,
-        human_assistant_prefix: bool = False,
-    ) -> None:
-        from transformers import AutoTokenizer
+        self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
 
-        model = _load_model(_starling_class(), name_or_path, device)
-        super().__init__(model, AutoTokenizer.from_pretrained(tokenizer_name), name_or_path, batch_size, max_length)
-        self.human_assistant_prefix = human_assistant_prefix
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
+        """One float a row."""
+        return self.model.get_reward(batch)
 
-    def encode(self, query: str, response: str) -> list[int]:
-        if self.human_assistant_prefix:
-            query = f"\n\nHuman: {query}\n\nAssistant: "
-        text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
-        return self.tokenizer(text)["input_ids"][-self.max_length :]
-
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids, attention_mask)
+    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """The one column "total"."""
+        return {"total": self.get_reward(batch)}
 
 
-@functools.cache
-def _starling_class() -> type[PreTrainedModel]:
-    """The module class of the checkpoint; built on first use, so that importing this file does not import all of transformers."""
-    from transformers import LlamaModel, LlamaPreTrainedModel
+@dataclass
+class RewardSettings:
+    """Which reward: the proxy's switches, a user's function, or a learned reward model. Shared by every script that scores."""
 
-    class StarlingRewardModel(LlamaPreTrainedModel):
-        base_model_prefix = "transformer"
+    length_incentive: bool = setting(True, "proxy reward: LI")
+    length_target: int = setting(0, "proxy reward: tokens; above 0, 1 - |tokens / length_target - 1| takes LI's place")
+    repetition_penalty: bool = setting(False, "proxy reward: RP")
+    relevance_scaling: bool = setting(False, "proxy reward: QR, and RAR with branching")
+    reward_branching: bool = setting(False, "proxy reward: CONSTRAINED rows by reference relevance, OPENENDED ones by query relevance")
+    rouge_l: bool = setting(False, "proxy reward: ROUGE-L to the reference (with branching, of CONSTRAINED rows)")
+    bleu: bool = setting(False, "proxy reward: BLEU to the reference (with branching, of CONSTRAINED rows)")
+    relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances")
+    embedding_cache: str = setting("", "file that keeps the embeddings of queries and references over runs; empty means for this run")
+    reward_function: str = setting("", "your own reward in place of the proxy: path/to/file.py:name")
+    reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)")
+    reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model")
 
-        def __init__(self, config):
-            super().__init__(config)
-            self.transformer = LlamaModel(config)
-            self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
-            self.post_init()
+    def __post_init__(self) -> None:
+        if self.reward_model_batch_size < 1:
+            raise InputError(f"--reward_model_batch_size is {self.reward_model_batch_size}, expected at least 1")
+        if self.length_target < 0:
+            raise InputError(f"--length_target is {self.length_target}, expected 0 (off) or a number of tokens")
+        if self.reward_function and self.reward_model_name:
+            raise InputError("--reward_function and --reward_model_name are both set, expected one reward")
+        if self.is_proxy and not (self.length_incentive or self.repetition_penalty or self.relevance_scaling or self.rouge_l or self.bleu):
+            raise InputError("every part of the proxy reward is off, expected at least one to learn from")
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-            last = attention_mask.sum(dim=1) - 1
-            rewards = self.v_head(hidden).squeeze(-1)
-            return rewards[torch.arange(len(rewards), device=rewards.device), last.to(rewards.device)]
+    @property
+    def is_proxy(self) -> bool:
+        return not (self.reward_function or self.reward_model_name)
 
-    return StarlingRewardModel
+    @property
+    def reads_qtypes(self) -> bool:
+        return self.is_proxy and self.reward_branching and (self.relevance_scaling or self.rouge_l or self.bleu)
 
+    @property
+    def reads_references(self) -> bool:
+        return self.is_proxy and (self.reads_qtypes or self.rouge_l or self.bleu)
 
-class SequenceClassificationRMForInference(_GoldRewardModel):
-    """Any one-label `AutoModelForSequenceClassification` reward model (hub name, folder, or a PEFT adapter folder on one).
+    def check_reward(self) -> None:
+        """Raises InputError for what can be known to be unusable before a model loads."""
+        if self.reward_function:
+            load_reward_function(self.reward_function)
+        elif self.reward_model_name:
+            check_model_name(self.reward_model_name)
+        elif self.relevance_scaling:
+            check_model_name(self.relevance_model_name)
 
-    Args:
-        name_or_path: hub name or folder.
-        device, batch_size: as for `StarlingRMForInference`.
-        max_length: rows longer than this, or than the model's own limit, are truncated on the left.
-    """
+    def reward_source(self) -> dict[str, str]:
+        """SHA-256 of the files that the reward's code is in, by name: a record of what scored, for readers who edit it."""
+        files = [Path(__file__)] + ([Path(self.reward_function.rpartition(":")[0])] if self.reward_function else [])
+        return {file.name: file_digest(file) for file in files}
 
-    def __init__(self, name_or_path: str, device: str | None = None, batch_size: int = 8, max_length: int = 2048) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        adapter = Path(name_or_path) / "adapter_config.json"
-        is_adapter = adapter.is_file()
-        base = adapter_base(name_or_path) if is_adapter else name_or_path
-        # A reward adapter carries the head itself; a plain model must bring it, or its scores would be random numbers.
-        if is_adapter and read_json(adapter)["task_type"] != "SEQ_CLS":
-            raise InputError(f"{adapter}: task_type is {read_json(adapter)['task_type']!r}, expected SEQ_CLS, a reward model's")
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = _load_model(AutoModelForSequenceClassification, base, device, new_head=is_adapter)
-        if is_adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
-        if model.config.num_labels != 1:
-            raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = model.config.pad_token_id
-        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, tokenizer.model_max_length))
-
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
-
-
-def load_gold_reward_model(name_or_path: str = DEFAULT_GOLD, device: str | None = None, batch_size: int = 8) -> RewardModel:
-    """Load a gold reward model: Starling where the name or the weights say so, any sequence classification model otherwise.
-
-    Returns:
-        An object with `get_reward({"query", "response"}) -> list[float]`.
-
-    Raises:
-        InputError: no such model, no safetensors weights, no reward head, or an adapter whose base model is missing.
-    """
-    if _is_starling(name_or_path):
-        own_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
-        tokenizer = {"tokenizer_name": name_or_path} if own_tokenizer else {}
-        return StarlingRMForInference(name_or_path, device=device, batch_size=batch_size, **tokenizer)
-    return SequenceClassificationRMForInference(name_or_path, device=device, batch_size=batch_size)
-
-
-def check_model_name(name_or_path: str) -> None:
-    """Raise InputError for a model that cannot be loaded, as far as can be told without loading anything."""
-    path = Path(name_or_path)
-    if (path / "adapter_config.json").is_file():
-        adapter_base(name_or_path)
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{name_or_path}: no config.json in this folder, expected a model or an adapter")
-    elif not path.is_dir() and (name_or_path.startswith(LOCAL_PREFIXES) or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path)):
-        hint = "; `python embedded_models.py` unpacks the embedded models" if name_or_path.startswith("models/") else ""
-        raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
-
-
-def adapter_base(adapter: str | Path) -> str:
-    """The base model of a PEFT adapter folder; a relative folder is looked for here and beside this file.
-
-    Raises:
-        InputError: the folder does not exist in either place and the name is not one of a hub.
-    """
-    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
-    for candidate in (Path(base), REPOSITORY / base):
-        if candidate.is_dir():
-            return str(candidate)
-    check_model_name(base)
-    return base
-
-
-def _is_starling(name_or_path: str) -> bool:
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return "v_head.weight" in _weight_names(folder)
-    return "starling-rm" in name_or_path.lower()
-
-
-def _weight_names(folder: Path) -> Iterable[str]:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return read_json(index)["weight_map"].keys()
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return ()
-    with safe_open(single, framework="pt") as weights:
-        return list(weights.keys())
-
-
-def _load_model(cls: type, name_or_path: str, device: str | None, new_head: bool = False) -> PreTrainedModel:
-    """`cls.from_pretrained` from safetensors: bf16 over the GPUs there are, fp32 on a CPU; missing weights are an error."""
-    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
-    placement = {"device_map": "auto"} if cuda and device is None else {}
-    labels = {"num_labels": 1} if new_head else {}
-    try:
-        model, loaded = cls.from_pretrained(
-            name_or_path,
-            dtype=torch.bfloat16 if cuda else torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **placement,
-            **labels,
+    def load_reward(
+        self, template: ChatTemplate, max_sequence_length: int, device: str | None, cache_dir: str | None = None
+    ) -> ReversedEngineeredRewardForInference | FunctionReward | LearnedReward:
+        """The reward that these settings describe; `max_sequence_length` is the longest response in tokens."""
+        if self.reward_function:
+            return FunctionReward(load_reward_function(self.reward_function), self.reward_function)
+        if self.reward_model_name:
+            return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size)
+        return ReversedEngineeredRewardForInference(
+            template,
+            max_sequence_length=max_sequence_length,
+            length_incentive=self.length_incentive,
+            length_target=self.length_target,
+            repetition_penalty=self.repetition_penalty,
+            relevance_scaling=self.relevance_scaling,
+            reward_branching=self.reward_branching,
+            rouge_l=self.rouge_l,
+            bleu=self.bleu,
+            relevance_model_name=self.relevance_model_name,
+            device=device,
+            batch_size=self.reward_model_batch_size,
+            cache_dir=cache_dir,
+            embedding_cache=self.embedding_cache,
         )
-    except OSError as error:
-        raise InputError(f"{name_or_path}: cannot be loaded as a reward model ({str(error).splitlines()[0]})") from None
-    missing = sorted(loaded["missing_keys"])
-    if missing and not new_head:
-        raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
-    return model if placement or device is None else model.to(device)
+
+
+def reward_batch(instructions: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping]) -> dict[str, list]:
+    """A batch for any reward: "query", "response", and the dataset's columns by name, "reference" being a row's `output`."""
+    names = {name for row in rows for name in row} - {"input", "instruction", "output", "query", "response"}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    if any("output" in row for row in rows):
+        columns["reference"] = [row.get("output") for row in rows]
+    return {"query": list(instructions), "response": list(responses), **columns}
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class ScoreSettings(RewardSettings):
+    files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True)
+    data_path: str = setting("", "rows of the same instructions with qtype and reference (`output`), where the reward reads them")
+    chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
+    output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+    device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
+    output: str = setting("", "file for the components of every row, as JSON")
+    json: bool = setting(False, "print the means as JSON in place of a table")
+    repetition_penalty: bool = setting(True, "proxy reward: RP")
+    relevance_scaling: bool = setting(True, "proxy reward: QR, and RAR with branching")
+    reward_branching: bool = setting(True, "proxy reward: CONSTRAINED rows by reference relevance, OPENENDED ones by query relevance")
+
+
+def column_mean(column: Sequence) -> float | None:
+    """The mean over the numbers of a column; None where it has none."""
+    numbers = [value for value in column if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(ScoreSettings, description=__doc__)
+
+    # 1. Everything a user can get wrong, before any model loads.
+    fields = {"instruction": None, "output": None}
+    rollouts = {path: read_rows(path, fields) for path in settings.files}
+    known = {**({"output": None} if settings.reads_references else {}), **({"qtype": QTYPES} if settings.reads_qtypes else {})}
+    if known and not settings.data_path:
+        raise InputError("--data_path is missing, expected the rows' qtype and reference (or --reward_branching=false)")
+    batches = {}
+    for path, rows in rollouts.items():
+        instructions = [row["instruction"] for row in rows]
+        data = match_rows(settings.data_path, instructions, known, path) if settings.data_path else [{} for _ in rows]
+        batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
+    settings.check_reward()
+    template = load_template(settings.chat_template_name)
+
+    # 2. Scores.
+    from tqdm import tqdm
+
+    reward = settings.load_reward(template, settings.output_max_length, settings.device or None, settings.cache_dir or None)
+    every = {"every_feature": True} if settings.is_proxy else {}
+    tables = {path: reward.score(batch, **every) for path, batch in tqdm(batches.items(), desc="scores", unit="file", disable=None)}
+
+    # 3. Table, files.
+    means = {path: {name: column_mean(column) for name, column in table.items()} for path, table in tables.items()}
+    names = [name for name in next(iter(means.values())) if any(mean[name] is not None for mean in means.values())]
+    record = provenance(
+        dtype="float32",
+        template=template.name,
+        model=settings.reward_model_name or settings.relevance_model_name,
+        reward_source=settings.reward_source(),
+        settings=asdict(settings),
+    )
+    if settings.output:
+        per_row = {
+            path: [
+                {"row": number, "instruction": query, **dict(zip(table, values))}
+                for number, (query, *values) in enumerate(zip(batches[path]["query"], *table.values()), start=1)
+            ]
+            for path, table in tables.items()
+        }
+        write_json(settings.output, {"rows": per_row, "means": means, "provenance": record})
+    if settings.json:
+        print(json.dumps({path: {"rows": len(rollouts[path]), **mean} for path, mean in means.items()}, indent=1, allow_nan=False))
+        return
+    width = max(map(len, means))
+    print(f"{'file':<{width}} {'rows':>6} " + " ".join(f"{name:>{max(len(name), 8)}}" for name in names))
+    for path, mean in means.items():
+        cells = (f"{'-' if mean[name] is None else format(mean[name], '.4f'):>{max(len(name), 8)}}" for name in names)
+        print(f"{path:<{width}} {len(rollouts[path]):>6} " + " ".join(cells))
+
+
+if __name__ == "__main__":
+    run_main(main)

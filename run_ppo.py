@@ -28,7 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import QTYPES, InputError, atomic_path, provenance, read_rows, run_main, write_json
+from records import QTYPES, InputError, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
+from reward_model import RewardSettings, reward_batch
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ TRACKERS = ("tensorboard", "wandb", "none")
 
 
 @dataclass
-class PPOSettings:
+class PPOSettings(RewardSettings):
     exp_name: str = setting("ppo", "name of the run, used by the trackers")
     model_name: str = setting("", "causal LM to train: hub name or folder")
     tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own")
@@ -89,21 +90,15 @@ class PPOSettings:
     early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
     target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
 
-    length_incentive: bool = setting(True, "proxy reward: LI")
-    repetition_penalty: bool = setting(False, "proxy reward: RP")
-    relevance_scaling: bool = setting(False, "proxy reward: QR, and RAR with branching")
-    reward_branching: bool = setting(False, "proxy reward: CONSTRAINED rows by reference relevance, OPENENDED ones by query relevance")
-    relevance_model_name: str = setting("facebook/contriever", "sentence encoder of the relevances")
-    reward_model_name: str = setting("", "reward model to train against in place of the proxy (the paper's baseline rows)")
-    reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model")
     reward_baseline: float = setting(0.0, "subtracted from every reward")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.logging_dir = self.logging_dir or os.path.join(self.output_dir, "logs")
         if not self.model_name:
             raise InputError("--model_name is missing, expected a hub name or a folder")
         for name in ("overall_steps", "save_freq", "sample_freq", "output_max_length", "batch_size", "mini_batch_size",
-                     "gradient_accumulation_steps", "ppo_epochs", "lora_r", "reward_model_batch_size"):  # fmt: skip
+                     "gradient_accumulation_steps", "ppo_epochs", "lora_r"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
         optimizer_batch = self.mini_batch_size * self.gradient_accumulation_steps
@@ -115,12 +110,6 @@ class PPOSettings:
             raise InputError(f"--log_with is {self.log_with!r}, expected {', '.join(TRACKERS)}")
         if self.long_prompts not in ("error", "drop"):
             raise InputError(f"--long_prompts is {self.long_prompts!r}, expected 'error' or 'drop'")
-        if not self.reward_model_name and not (self.length_incentive or self.repetition_penalty or self.relevance_scaling):
-            raise InputError("every part of the proxy reward is off, expected at least one to learn from")
-
-    @property
-    def reads_references(self) -> bool:
-        return self.relevance_scaling and self.reward_branching and not self.reward_model_name
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -132,21 +121,28 @@ class Prompt:
 
     instruction: str
     tokens: list[int]
-    qtype: str | None
-    reference: str | None
+    row: dict
+
+    @property
+    def qtype(self) -> str | None:
+        return self.row.get("qtype")
 
 
 def read_prompts(path: str, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[Prompt]:
     """Read rows, render and tokenize their prompts. Raises InputError for an unusable row or a prompt that is too long."""
     from chat_templates import encode_prompts
 
-    fields = {"input": None, **({"output": None, "qtype": QTYPES} if settings.reads_references else {})}
+    fields = {
+        "input": None,
+        **({"output": None} if settings.reads_references else {}),
+        **({"qtype": QTYPES} if settings.reads_qtypes else {}),
+    }
     rows = read_rows(path, fields)
     prompts = []
     encoded = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
     for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):
         if len(tokens) < settings.max_prompt_length:
-            prompts.append(Prompt(row["input"], tokens, row.get("qtype"), row.get("output")))
+            prompts.append(Prompt(row["input"], tokens, row))
         elif settings.long_prompts == "error":
             raise InputError(
                 f"{path}: row {number}: field 'input' makes a prompt of {len(tokens)} tokens, expected fewer than "
@@ -203,52 +199,47 @@ def cut_at_stop_string(response: list[int], tokenizer: PreTrainedTokenizerBase, 
 # ----------------------------------------------------------------------------------------------------------------- reward
 
 
-def load_reward(settings: PPOSettings, template: ChatTemplate, device: str):
-    """The function from a batch to named columns of rewards, with "total" as what PPO maximises."""
-    from reward_model import ReversedEngineeredRewardForInference, load_gold_reward_model
-
-    if settings.reward_model_name:
-        learned = load_gold_reward_model(settings.reward_model_name, device=device, batch_size=settings.reward_model_batch_size)
-        return lambda batch: {"total": learned.get_reward(batch)}
-    return ReversedEngineeredRewardForInference(
-        template,
-        max_sequence_length=settings.output_max_length,
-        length_incentive=settings.length_incentive,
-        repetition_penalty=settings.repetition_penalty,
-        relevance_scaling=settings.relevance_scaling,
-        reward_branching=settings.reward_branching,
-        relevance_model_name=settings.relevance_model_name,
-        device=device,
-        batch_size=settings.reward_model_batch_size,
-        cache_dir=settings.cache_dir or None,
-    ).score
-
-
-def score_rollouts(score, prompts: list[Prompt], responses: list[str]) -> dict[str, list]:
+def score_rollouts(reward, prompts: list[Prompt], responses: list[str]) -> dict[str, list]:
     """The reward's columns for responses to prompts."""
-    return score(
-        {
-            "query": [prompt.instruction for prompt in prompts],
-            "response": responses,
-            "qtype": [prompt.qtype for prompt in prompts],
-            "reference": [prompt.reference for prompt in prompts],
-        }
-    )
+    return reward.score(reward_batch([prompt.instruction for prompt in prompts], responses, [prompt.row for prompt in prompts]))
 
 
-def column_means(columns: dict[str, list], accelerator: Accelerator) -> dict[str, float]:
-    """The mean of each numeric column over the rows of all processes that have a value in it."""
+def moments(columns: dict[str, list], qtypes: list[str | None], accelerator: Accelerator | None = None) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each numeric column, over all rows as "<column>" and over a type's as "<column>/<qtype>".
+
+    The rows of all processes count where an accelerator is given. Rows without a value are left out; a column without any has no entry.
+    """
     import torch
 
-    means = {}
-    for name, values in columns.items():
-        if not any(isinstance(value, str) for value in values):
-            numbers = [value for value in values if value is not None]
-            local = torch.tensor([[sum(numbers), len(numbers)]], dtype=torch.float64, device=accelerator.device)
-            total, count = accelerator.gather(local).sum(dim=0).tolist()
-            if count:
-                means[name] = total / count
-    return means
+    groups = {name: values for name, values in columns.items() if not any(isinstance(value, str) for value in values)}
+    for qtype in QTYPES:
+        groups |= {f"{name}/{qtype}": [v for v, own in zip(columns[name], qtypes) if own == qtype] for name in columns if name in groups}
+    sums = []
+    for values in groups.values():
+        numbers = [float(value) for value in values if value is not None]
+        sums.append([len(numbers), sum(numbers), sum(value * value for value in numbers)])
+    local = torch.tensor([sums], dtype=torch.float64)
+    if accelerator is not None:
+        local = accelerator.gather(local.to(accelerator.device))
+    found = {}
+    for name, (count, total, squares) in zip(groups, local.sum(dim=0).tolist()):
+        if count:
+            mean = total / count
+            found[name] = (mean, math.sqrt(max(squares / count - mean * mean, 0.0)))
+    return found
+
+
+def reward_metrics(found: dict[str, tuple[float, float]], start: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Means as "reward/<column>", and as "reward_normalised/<column>" in standard deviations of the same column at the start.
+
+    Both are also there by query type, which is normalised by the moments of all rows, so that the types can be compared.
+    """
+    metrics = {f"reward/{name}": mean for name, (mean, _) in found.items()}
+    for name, (mean, _) in found.items():
+        center, spread = start.get(name.partition("/")[0], (0.0, 0.0))
+        if spread > 0:
+            metrics[f"reward_normalised/{name}"] = (mean - center) / spread
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------------ model
@@ -328,9 +319,10 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
 
     set_seed(settings.seed)  # the same new weights on every rank
     deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model_name, cache_dir=settings.cache_dir or None, dtype=torch.bfloat16 if deepspeed_bf16 else torch.float32
-    )
+    with loading(settings.model_name, "a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model_name, cache_dir=settings.cache_dir or None, dtype=torch.bfloat16 if deepspeed_bf16 else torch.float32
+        )
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -381,8 +373,8 @@ def optimizer_setup(settings: PPOSettings, policy: AutoModelForCausalLMWithValue
 # ---------------------------------------------------------------------------------------------- evaluation and checkpoints
 
 
-def evaluate(trainer: PPOTrainer, score, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding) -> tuple[list[dict], dict]:
-    """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and mean scores."""
+def evaluate(trainer: PPOTrainer, reward, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding) -> tuple[list[dict], dict]:
+    """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and the scores' `moments`."""
     from accelerate.utils import gather_object
 
     from generation import generate_responses
@@ -404,17 +396,13 @@ def evaluate(trainer: PPOTrainer, score, prompts: list[Prompt], settings: PPOSet
             bar,
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = score_rollouts(score, own, texts)
+        scores = score_rollouts(reward, own, texts)
         for place, (number, prompt, text) in enumerate(zip(mine, own, texts)):
             row_scores = {name: values[place] for name, values in scores.items()}
             rows.append({"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text, "scores": row_scores})
     rows = sorted(gather_object(rows), key=lambda row: row["row"])
-    means = {}
-    for name in rows[0]["scores"]:
-        numbers = [row["scores"][name] for row in rows if isinstance(row["scores"][name], float)]
-        if numbers:
-            means[f"dev/{name}"] = sum(numbers) / len(numbers)
-    return rows, means
+    columns = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
+    return rows, moments(columns, [row["qtype"] for row in rows])
 
 
 def save_checkpoint(
@@ -435,6 +423,7 @@ def save_checkpoint(
             processes=trainer.accelerator.num_processes,
             kl_coef=float(trainer.kl_ctl.value),
             development=dev_means,
+            reward_source=settings.reward_source(),
             settings=asdict(settings),
         )
         with atomic_path(f"{settings.output_dir}_step_{step}") as folder:
@@ -473,14 +462,10 @@ def main() -> None:
     # 1. Everything a user can get wrong, before any model loads.
     from chat_templates import load_template
     from generation import Decoding, load_tokenizer
-    from reward_model import check_model_name
 
     for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
         check_model_name(name)
-    if settings.reward_model_name:
-        check_model_name(settings.reward_model_name)
-    elif settings.relevance_scaling:
-        check_model_name(settings.relevance_model_name)
+    settings.check_reward()
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
     prompts = read_prompts(settings.dataset_path, settings, tokenizer, template)
@@ -497,7 +482,7 @@ def main() -> None:
     optimization = optimizer_setup(settings, policy, accelerator.num_processes)
     trainer = PPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
     accelerator = trainer.accelerator
-    score = load_reward(settings, template, str(accelerator.device))
+    reward = settings.load_reward(template, settings.output_max_length, str(accelerator.device), settings.cache_dir or None)
     set_seed(settings.seed, device_specific=True)  # other draws on every rank from here on
 
     # 3. The start is a checkpoint too.
@@ -509,7 +494,8 @@ def main() -> None:
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         metrics_path.write_text("", encoding="utf-8")
         write_json(metrics_path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
-    dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
+    dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
+    dev_means = development_metrics(start)
     save_checkpoint(trainer, 0, settings, decoding, dev_rows, dev_means)
     bar = tqdm(total=settings.overall_steps, desc="PPO", unit="step", disable=not accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -529,7 +515,7 @@ def main() -> None:
 
         # 5. Rewards.
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        columns = score_rollouts(score, batch, texts)
+        columns = score_rollouts(reward, batch, texts)
         rewards = [total - settings.reward_baseline for total in columns["total"]]
 
         # 6. The PPO step, TRL's own.
@@ -539,11 +525,13 @@ def main() -> None:
         # 7. Metrics, samples, checkpoints.
         lengths = [float(len(response)) for response in responses]
         truncated = [float(not end and length >= settings.output_max_length) for end, length in zip(ended, lengths)]
-        own = column_means({**columns, "response_tokens": lengths, "eos_rate": ended, "truncation_rate": truncated}, accelerator)
-        stats.update({f"reward/{name}": value for name, value in own.items()})
+        lengths_and_ends = {"response_tokens": lengths, "eos_rate": ended, "truncation_rate": truncated}
+        means = reward_metrics(moments({**columns, **lengths_and_ends}, [prompt.qtype for prompt in batch], accelerator), start)
+        stats.update(means)
         last = step == settings.overall_steps
         if last or step % settings.save_freq == 0:
-            dev_rows, dev_means = evaluate(trainer, score, dev_prompts, settings, decoding)
+            dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, decoding)
+            dev_means = development_metrics(dev_moments)
             save_checkpoint(trainer, step, settings, decoding, dev_rows, dev_means)
             stats.update(dev_means)
         trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
@@ -552,7 +540,7 @@ def main() -> None:
                 line = {name: value if math.isfinite(value) else None for name, value in scalars(stats).items()}
                 log.write(json.dumps({"step": step, **line}) + "\n")
             bar.update()
-            bar.set_postfix(reward=f"{own['total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
+            bar.set_postfix(reward=f"{means['reward/total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
             if step % settings.sample_freq == 0 or last:
                 tqdm.write(
                     f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}"
@@ -565,8 +553,15 @@ def main() -> None:
     accelerator.end_training()
 
 
+def development_metrics(found: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The means of `moments` as "dev/<column>"."""
+    return {f"dev/{name}": mean for name, (mean, _) in found.items()}
+
+
 def describe(means: dict[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('dev/')} {value:.3f}" for name, value in means.items())
+    """The means over all query types in one line."""
+    names = {name: name.removeprefix("dev/") for name in means}
+    return ", ".join(f"{short} {means[name]:.3f}" for name, short in names.items() if "/" not in short)
 
 
 def shorten(text: str, width: int = 160) -> str:

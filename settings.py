@@ -19,16 +19,25 @@ from records import InputError, read_text
 Settings = TypeVar("Settings")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        if names[0].startswith("--no_"):  # a second spelling of --X=false
+            options["help"] = argparse.SUPPRESS
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the settings)")
 
 
-def setting(default: object, help: str, **metadata: object) -> dataclasses.Field:
-    """A dataclass field with its default and its help text."""
+def setting(default: object, help: str, positional: bool = False) -> dataclasses.Field:
+    """A dataclass field with its default and its help text; a positional one takes the words that no `--name` precedes."""
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+        return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 def parse_settings(cls: type[Settings], arguments: Sequence[str] | None = None, description: str | None = None) -> Settings:
@@ -46,10 +55,17 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str] | None = None, 
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     known, rest = config_parser.parse_known_args(arguments)
-    parser = _Parser(cls, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(cls, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it")
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
     values = vars(parser.parse_args(_words_of_yaml(cls, known.config) + rest))
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            setattr(settings, field.name, values[field.name])
+    return settings
 
 
 def _words_of_yaml(cls: type, path: str | None) -> list[str]:

@@ -8,7 +8,7 @@ of their text. In most preference data the longer answer wins, and a model train
 pairs are therefore balanced so that the longer answer wins half of them, and part of the pairs set the preferred answer
 against a damaged text (another prompt's answer, a repetition, a cut).
 
-The result is a PEFT adapter folder that `reward_model.load_gold_reward_model` reads. Interrupted, the same command goes on from
+The result is a PEFT adapter folder that `gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
 the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
 """
 
@@ -133,7 +133,7 @@ def damaged_pairs(pairs: list[Pair], rng: random.Random) -> list[Pair]:
 
 def encode_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     """Token ids of both conversations of each pair; "length" is what batches are grouped by."""
-    from reward_model import encode_conversation
+    from gold_models import encode_conversation
 
     encoded = []
     for pair in pairs:
@@ -168,7 +168,7 @@ def heldout_accuracies(adapter: str, pairs: list[Pair], max_length: int, batch_s
     """Accuracies of a saved adapter, scored through the same class that the gold stage uses."""
     from tqdm import tqdm
 
-    from reward_model import SequenceClassificationRMForInference
+    from gold_models import SequenceClassificationRMForInference
 
     gold = SequenceClassificationRMForInference(adapter, batch_size=batch_size, max_length=max_length)
     margins = []
@@ -247,7 +247,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
 
 CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
 
-Trained by `train_gold_rm.py` with the Bradley-Terry loss; `reward_model.load_gold_reward_model` reads this folder.
+Trained by `train_gold_rm.py` with the Bradley-Terry loss; `gold_models.load_gold_reward_model` reads this folder.
 Settings, seed, commit and package versions: `training_record.json`.
 
 **Data and licence.** {note}

@@ -9,8 +9,8 @@ import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
 
+from gold_models import SequenceClassificationRMForInference, StarlingRMForInference, encode_conversation, load_gold_reward_model
 from records import InputError, read_json
-from reward_model import SequenceClassificationRMForInference, StarlingRMForInference, encode_conversation, load_gold_reward_model
 from train_gold_rm import DAMAGES, Pair, accuracies, bradley_terry_loss, damaged_pairs, is_heldout, select_pairs
 
 BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import sys
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def test_checkpoints_hold_what_they_should(trained, tiny_model):
     record = read_json(trained / "tiny_step_3" / "training_record.json")
     assert record["step"] == 3 and record["seed"] == 42 and record["dtype"] == "float32" and record["model"] == str(tiny_model)
     assert record["settings"]["repetition_penalty"] is True
-    assert set(record["development"]) == {"dev/length", "dev/repetition", "dev/total"}
+    columns = ("length", "repetition", "total")
+    groups = ("", "/CONSTRAINED", "/OPENENDED")
+    assert set(record["development"]) == {f"dev/{column}{group}" for column in columns for group in groups}
+    assert len(record["reward_source"]["reward_model.py"]) == 64
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -85,6 +89,14 @@ def test_logged_rewards_are_the_formula(trained):
     assert log[2]["dev/total"] == pytest.approx(sum(totals) / len(totals))
     assert log[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the policy starts as its reference
     assert 0 <= log[0]["reward/eos_rate"] <= 1 and 1 <= log[0]["reward/response_tokens"] <= 10
+    start = json.loads((trained / "tiny_step_0" / "development_rollouts.json").read_text(encoding="utf-8"))
+    lengths = [row["scores"]["length"] for row in start]
+    for row in log:  # normalised by the start's mean and standard deviation
+        for name in ("length", "length/CONSTRAINED", "length/OPENENDED"):
+            if f"reward/{name}" in row:
+                z = (row[f"reward/{name}"] - statistics.fmean(lengths)) / statistics.pstdev(lengths)
+                assert row[f"reward_normalised/{name}"] == pytest.approx(z)
+        assert {"reward/truncation_rate", "reward/eos_rate"} <= set(row)
 
 
 def test_an_existing_run_is_not_replaced_unasked(trained, tiny_model):
@@ -152,7 +164,7 @@ def test_other_rewards_and_switches(tiny_model, tiny_gold, rows_file, tmp_path):
     assert [row["objective/kl_coef"] for row in log] == [0.1, 0.1, 0.1]
     assert [row["ppo/learning_rate"] for row in log] == pytest.approx([0.0, 5e-4, 1e-3])  # warm-up over 2 of 3 steps
 
-    from reward_model import load_gold_reward_model
+    from gold_models import load_gold_reward_model
 
     rows = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
     batch = {"query": [row["input"] for row in rows], "response": [row["response"] for row in rows]}
@@ -320,3 +332,28 @@ def test_sigterm_ends_with_a_line(tiny_model, rows_file, tmp_path):
     assert "\ninterrupted: what was finished is kept\n" in stderr
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.glob("*_step_*")] == ["tiny_step_0"]
+
+
+def test_a_reward_function_in_ppo_and_monotonicity(tiny_model, tiny_gold, rows_file, eval_file, tmp_path):
+    """The worked example as the reward; the run is then judged by it, on the evaluation rows' own columns."""
+    words = ppo_words(tiny_model, rows_file, tmp_path / "tiny", save_freq=1, reward_function="examples/my_reward.py:hedging")
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    log = metrics(tmp_path / "tiny")
+    assert all("reward/plainness" in row and "reward/total" in row for row in log)
+    for step in (1, 2, 3):
+        done = run_script("evaluation.py", f"--base_model_name={tiny_model}", f"--peft_model_name={tmp_path}/tiny_step_{step}",
+                          f"--data_path={eval_file}", "--max_new_tokens=10", f"--seed={step}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    done = run_script("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=tiny", f"--gold_model={tiny_gold}")
+    assert done.returncode == 0, done.stderr
+    content = read_json(tmp_path / "tiny_monotonicity" / "monotonicity.json")
+    from reward_model import RewardSettings, reward_batch
+
+    rows = json.loads((tmp_path / "tiny_step_2" / "alpaca-eval-tiny_step_2.json").read_text(encoding="utf-8"))
+    reward = RewardSettings(reward_function="examples/my_reward.py:hedging").load_reward(None, 512, "cpu")
+    batch = reward_batch([row["instruction"] for row in rows], [row["output"] for row in rows], ROWS)
+    assert content["per_row"]["proxy"]["2"] == pytest.approx(reward.get_reward(batch))
+    broken = ppo_words(tiny_model, rows_file, tmp_path / "other", reward_function="examples/my_reward.py:nothing")
+    done = run_script(*broken)
+    assert done.returncode == 2 and "no function 'nothing' in it, found plainness, hedging" in done.stderr

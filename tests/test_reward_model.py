@@ -8,18 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, ROWS, run_script
 
 from chat_templates import load_template
 from records import InputError
+from relevance import EmbeddingStore, RelevanceModel
 from reward_model import (
+    FunctionReward,
     ReversedEngineeredRewardForInference,
+    RewardSettings,
+    bleu,
     length_incentive,
-    load_relevance_model,
+    load_reward_function,
+    query_relevance,
     query_text,
-    relevance,
+    reference_relevance,
     repetition_penalty,
     rescale,
+    reward_batch,
+    rouge_l,
+    targeted_length,
 )
 
 MINILM = str(REPOSITORY / "models" / "all-MiniLM-L6-v2")
@@ -58,7 +66,7 @@ def test_rescale_maps_three_and_a_half_to_the_length_limit():
 
 def test_relevance_is_a_raw_dot_product():
     anchors, responses = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[4.0, 5.0], [-1.0, 9.0]])
-    assert relevance(anchors, responses) == [14.0, -3.0]
+    assert query_relevance(anchors, responses) == reference_relevance(anchors, responses) == [14.0, -3.0]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +139,10 @@ def test_a_rendered_prompt_scores_as_its_instruction(full_reward):
 
 
 def test_texts_are_truncated_on_the_left():
-    model = load_relevance_model(MINILM, "cpu")
-    assert model.max_seq_length == 512
+    model = RelevanceModel(MINILM, "cpu")
+    assert model.encoder.max_seq_length == 512
     tail = " ".join(["apple"] * 600)
-    both = model.encode([f"{' '.join(['stone'] * 600)} {tail}", tail], convert_to_tensor=True)
+    both = model.embed([f"{' '.join(['stone'] * 600)} {tail}", tail])
     assert torch.allclose(both[0], both[1], atol=1e-5)  # 510 apples are all that either keeps
 
 
@@ -152,6 +160,8 @@ def test_responses_are_cut_at_stop_strings_for_counting_only():
         ({"qtype": None}, "column 'qtype' is missing"),
         ({"reference": ["Paris"]}, "column 'reference' has 1 rows, expected 3"),
         ({"qtype": ["CONSTRAINED", "OPEN", "CONSTRAINED"]}, "row 2: qtype is 'OPEN', expected OPENENDED or CONSTRAINED"),
+        ({"response": ["Paris", "rain", None]}, "row 3: response is NoneType, expected text"),
+        ({"reference": [None, "rain", "5"]}, "row 1: reference is NoneType, expected text"),
     ],
 )
 def test_bad_batches_name_the_row(full_reward, change, message):
@@ -160,7 +170,7 @@ def test_bad_batches_name_the_row(full_reward, change, message):
 
 
 def test_a_score_that_is_not_finite_names_the_row(full_reward, monkeypatch):
-    monkeypatch.setattr(full_reward, "_relevances", lambda batch, branch: [1.0, float("nan"), 1.0])
+    monkeypatch.setattr(full_reward, "_relevances", lambda *masks: ([1.0, float("nan"), 1.0], [1.0, 1.0, 1.0]))
     with pytest.raises(InputError, match="proxy reward: row 2 has the value nan"):
         full_reward.score(BATCH)
 
@@ -198,3 +208,294 @@ def test_worked_cases(name):
     tolerance = 1e-3 if settings.get("relevance_scaling") else 1e-12
     assert len(rows) == 316
     assert values == pytest.approx([row["expected"][name] for row in rows], rel=tolerance, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- edges, further features
+
+
+@pytest.mark.parametrize(
+    ("response", "length", "repetition"),
+    [
+        ("", 0.0, 1.0),
+        (" \n\t ", 0.0, 1.0),
+        ("\n\n", 0.0, 1.0),
+        ("a", 0.01, 1.0),
+        ("é", 0.01, 1.0),
+        ("Don't stop!", 0.05, 1.0),  # Don ' t stop !
+        ("日本語 です。", 0.03, 1.0),  # 日本語 です 。
+        ("🙂🙂 ok", 0.02, 1.0),  # a run of symbols is one token
+        ("### Response: more", 0.0, 1.0),  # cut at its very start
+        ("word " * 50_000, 500.0, 1 / 49_998),
+    ],
+)
+def test_any_response_has_a_value(full_reward, response, length, repetition):
+    batch = {"query": ["Say it."], "response": [response], "reference": ["It."]}
+    table = full_reward.score({**batch, "qtype": ["OPENENDED"]})
+    assert table["length"] == [pytest.approx(length, abs=1e-12)]
+    assert table["repetition"] == [pytest.approx(repetition, abs=1e-12)]
+    assert table["total"] == [pytest.approx(length * table["query_relevance"][0] * repetition)]
+    constrained = full_reward.score({**batch, "qtype": ["CONSTRAINED"]})
+    assert constrained["total"] == [pytest.approx(constrained["reference_relevance"][0] / 3.5 * 5.12 * repetition)]
+    if not response.strip():  # the encoder's special tokens alone, which has a length of about 5, not 0
+        assert (
+            constrained["reference_relevance"]
+            == full_reward.score({**batch, "response": [""], "qtype": ["CONSTRAINED"]})["reference_relevance"]
+        )
+
+
+def test_no_rows_have_no_rewards(full_reward):
+    table = full_reward.score({name: [] for name in BATCH})
+    assert table["total"] == [] and table["query_relevance"] == []
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama-2", "mistral", "tulu", "vicuna_v1.1", "zephyr"])
+def test_stop_strings_are_literal_text(name):
+    template = load_template(name)
+    for stop in template.stop_strings:
+        assert template.strip_response(f"I NST one{stop}two") == "I NST one"
+    assert template.strip_response("INST is a word, so is S") == "INST is a word, so is S"
+
+
+@pytest.mark.parametrize(("words", "value"), [(0, 0.0), (5, 0.5), (10, 1.0), (15, 0.5), (20, 0.0), (30, -1.0)])
+def test_targeted_length(words, value):
+    assert targeted_length(["w"] * words, 10) == pytest.approx(value)
+    reward = ReversedEngineeredRewardForInference("alpaca", length_target=10)
+    assert reward.get_reward({"response": ["w " * words]}) == [pytest.approx(value)]
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
+    assert rouge_l("the cat sat", "the cat sat") == 1.0
+    # "the" and "mat" in common order: precision 2/4, recall 2/3, F1 4/7.
+    assert rouge_l("the big mat", "on the small mat") == pytest.approx(4 / 7)
+    assert rouge_l("runs", "running") == 1.0  # stems
+    assert rouge_l("Paris", "") == 0.0
+
+
+def test_bleu_counts_ngrams():
+    import math
+
+    assert bleu("the cat sat on the mat", "the cat sat on the mat") == pytest.approx(1.0)
+    # Unigrams 3/4, bigrams 2/3, trigrams 1/2, four-grams none: smoothed to 1/2 of 1; the length penalty is exp(1 - 6/4).
+    value = math.exp(1 - 6 / 4) * (3 / 4 * 2 / 3 * 1 / 2 * 0.5) ** 0.25
+    assert bleu("the cat sat on the mat", "the cat sat down") == pytest.approx(value)
+    assert bleu("the cat", "") == 0.0
+
+
+def test_matches_with_the_reference_multiply_and_branch():
+    batch = {
+        "response": ["the cat sat", "the cat sat"], "reference": ["the cat", "the cat"], "qtype": ["CONSTRAINED", "OPENENDED"], "query": ["q", "q"],
+    }  # fmt: skip
+    f1, li = 2 * (2 / 3) / (2 / 3 + 1), 0.03
+    assert ReversedEngineeredRewardForInference("alpaca", rouge_l=True).get_reward(batch) == pytest.approx([li * f1, li * f1])
+    branching = ReversedEngineeredRewardForInference("alpaca", rouge_l=True, reward_branching=True)
+    assert branching.required_columns == ["response", "qtype", "reference"]
+    table = branching.score(batch)
+    assert table["total"] == pytest.approx([f1, li])
+    assert table["rouge_l"] == [pytest.approx(f1), None]
+    both = ReversedEngineeredRewardForInference("alpaca", rouge_l=True, bleu=True).score(batch)
+    assert both["total"] == pytest.approx([li * f1 * bleu("the cat", "the cat sat")] * 2)
+
+
+def test_every_feature_fills_what_a_branch_does_not_use(full_reward):
+    table, everything = full_reward.score(BATCH), full_reward.score(BATCH, every_feature=True)
+    assert everything["total"] == pytest.approx(table["total"], rel=1e-6)
+    assert None not in everything["query_relevance"] + everything["reference_relevance"]
+    assert everything["query_relevance"][1] == pytest.approx(table["query_relevance"][1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings kept
+
+
+def test_queries_and_references_are_embedded_once():
+    reward = ReversedEngineeredRewardForInference("alpaca", relevance_model_name=MINILM, device="cpu", batch_size=2, **FULL)
+    seen, encode = [], reward.relevance_model._encode
+
+    def counted(texts):
+        assert len(texts) <= 2  # batch_size
+        seen.extend(texts)
+        return encode(texts)
+
+    reward.relevance_model._encode = counted
+    first = reward.get_reward(BATCH)
+    assert sorted(seen) == sorted(["Paris", "Write a line about rain.", "5", *BATCH["response"]])
+    seen.clear()
+    assert reward.get_reward(BATCH) == pytest.approx(first, rel=1e-6)
+    assert sorted(seen) == sorted(BATCH["response"])
+
+
+def test_embeddings_are_kept_in_a_file_by_model_and_text(tmp_path):
+    cache = tmp_path / "embeddings.sqlite"
+    settings = {"device": "cpu", "embedding_cache": str(cache)}
+    first = RelevanceModel(MINILM, **settings)
+    kept = first.embed_once(["Paris", "rain", "Paris"])
+    assert torch.equal(kept[0], kept[2])
+    second = RelevanceModel(MINILM, **settings)
+    second._encode = None  # anything not found would fail here
+    assert torch.equal(second.embed_once(["rain", "Paris"]), kept[[1, 0]])
+    assert EmbeddingStore(str(cache), "another model").get(["Paris"]) == [None]
+    (tmp_path / "notes.txt").write_text("not a database, and longer than its header would be " * 9, encoding="utf-8")
+    with pytest.raises(InputError, match="notes.txt: cannot be used as an embedding cache"):
+        EmbeddingStore(str(tmp_path / "notes.txt"), "model")
+
+
+def test_length_sorted_batches_give_every_row_its_own_embedding():
+    model = RelevanceModel(MINILM, "cpu", batch_size=3)
+    texts = ["a", "a much longer text about rain " * 40, "", "rain", "two words", "x " * 900, "rain"]
+    together = model.embed(texts)
+    for row, text in enumerate(texts):
+        assert torch.allclose(together[row], model.embed([text])[0], rtol=1e-5, atol=1e-5)
+    batches = list(model.batches(texts))
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert max(map(len, batches)) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- rewards of one's own
+
+
+def reward_file(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_reward_function_gets_the_columns_by_name(tmp_path):
+    path = reward_file(
+        tmp_path,
+        "def mine(prompts, completions, reference, weight, **columns):\n"
+        "    assert sorted(columns) == ['qtype']\n"
+        "    return [len(p) + len(c) + len(r) * w for p, c, r, w in zip(prompts, completions, reference, weight)]\n",
+    )
+    rows = [
+        {"input": "ab", "output": "xyz", "qtype": "OPENENDED", "weight": 10},
+        {"input": "abc", "output": "x", "qtype": "O", "weight": 20},
+    ]
+    batch = reward_batch(["ab", "abc"], ["12345", ""], rows)
+    settings = RewardSettings(reward_function=f"{path}:mine")
+    reward = settings.load_reward(load_template("alpaca"), 512, "cpu")
+    assert reward.get_reward(batch) == [2 + 5 + 30, 3 + 0 + 20]
+    assert reward.required_columns == ["query", "response", "reference", "weight"]
+    assert set(settings.reward_source()) == {"reward_model.py", "mine.py"}
+    with pytest.raises(InputError, match="asks for column 'weight', the rows have query, reference, response"):
+        reward.score({"query": ["a"], "response": ["b"], "reference": ["c"]})
+
+
+def test_a_reward_function_may_name_its_columns(tmp_path):
+    path = reward_file(tmp_path, "def mine(completions):\n    n = [len(c) for c in completions]\n    return {'size': n, 'total': n}\n")
+    reward = FunctionReward(load_reward_function(f"{path}:mine"), "mine")
+    assert reward.score({"query": ["a", "b"], "response": ["xx", ""]}) == {"size": [2, 0], "total": [2.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (None, "mine", "mine.py: no such file, expected the reward function's"),
+        ("import no_such_package_anywhere\n", "mine", "mine.py: its import fails .ModuleNotFoundError: No module named"),
+        ("def mine(:\n", "mine", "mine.py: its import fails .SyntaxError"),
+        ("def yours(prompts): return []\n", "mine", "mine.py: no function 'mine' in it, found yours"),
+        ("mine = 3\n", "mine", "mine.py: no function 'mine' in it, found none"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_loaded(tmp_path, text, name, message):
+    path = reward_file(tmp_path, text) if text is not None else tmp_path / "mine.py"
+    with pytest.raises(InputError, match=message):
+        RewardSettings(reward_function=f"{path}:{name}").check_reward()
+
+
+def test_a_reward_function_needs_a_file_and_a_name():
+    with pytest.raises(InputError, match="--reward_function is 'mine.py', expected path/to/file.py:name"):
+        load_reward_function("mine.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "1 values in total, expected 2"),
+        ("return [1.0, None]", "row 2 has the value None, expected a finite number"),
+        ("return [float('inf'), 0.0]", "row 1 has the value inf"),
+        ("return {'size': [1, 2]}", "returned columns size, expected 'total'"),
+    ],
+)
+def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
+    path = reward_file(tmp_path, f"def mine(**columns):\n    {body}\n")
+    with pytest.raises(InputError, match=message):
+        FunctionReward(load_reward_function(f"{path}:mine"), "mine").get_reward({"query": ["a", "b"], "response": ["c", "d"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward_function": "a.py:b", "reward_model_name": "owner/rm"}, "are both set, expected one reward"),
+        ({"length_incentive": False}, "every part of the proxy reward is off"),
+        ({"length_target": -1}, "--length_target is -1, expected 0"),
+    ],
+)
+def test_reward_settings_that_make_no_sense(settings, message):
+    with pytest.raises(InputError, match=message):
+        RewardSettings(**settings)
+
+
+def test_the_worked_example():
+    function = load_reward_function(f"{REPOSITORY}/examples/my_reward.py:hedging")
+    table = FunctionReward(function, "hedging").score(
+        {"query": ["q", "q"], "response": ["Perhaps it is so."] * 2, "qtype": ["CONSTRAINED", "OPENENDED"]}
+    )
+    assert table["plainness"] == [0.5, 0.5]
+    assert table["total"] == pytest.approx([0.025, 0.05])
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+def test_scoring_command(tmp_path, eval_file):
+    rollouts = tmp_path / "system.json"
+    rows = [{"instruction": row["input"], "output": f"{row['output']} and more", "generator": "x"} for row in ROWS]
+    rollouts.write_text(json.dumps(rows), encoding="utf-8")
+    words = ["reward_model.py", rollouts, eval_file, "--data_path", eval_file, "--relevance_model_name", MINILM]
+    done = run_script(*words, "--output", tmp_path / "scores.json", "--rouge_l=true", "--bleu=true")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == [
+        "file",
+        "rows",
+        "length",
+        "repetition",
+        "query_relevance",
+        "reference_relevance",
+        "rouge_l",
+        "bleu",
+        "total",
+    ]
+    assert [line.split()[:2] for line in lines[1:]] == [[str(rollouts), "6"], [str(eval_file), "6"]]
+    content = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    row = content["rows"][str(eval_file)][0]
+    assert (row["row"], row["instruction"], row["branch"], row["rouge_l"]) == (1, ROWS[0]["input"], "CONSTRAINED", 1.0)
+    assert content["provenance"]["reward_source"]["reward_model.py"]
+    assert len(content["rows"][str(rollouts)]) == 6
+
+    machine = run_script(*words, "--json=true")
+    means = json.loads(machine.stdout)
+    reward = ReversedEngineeredRewardForInference("alpaca", relevance_model_name=MINILM, device="cpu", **FULL)
+    batch = reward_batch([row["input"] for row in ROWS], [row["output"] for row in rows], ROWS)
+    assert means[str(rollouts)]["total"] == pytest.approx(sum(reward.get_reward(batch)) / 6, rel=1e-5)
+    assert means[str(rollouts)]["rows"] == 6
+
+    without = run_script("reward_model.py", rollouts, "--relevance_scaling=false", "--reward_branching=false")
+    assert without.returncode == 0 and without.stdout.split()[:5] == ["file", "rows", "length", "repetition", "total"]
+    own = run_script("reward_model.py", rollouts, "--data_path", eval_file, "--reward_function=examples/my_reward.py:hedging")
+    assert own.returncode == 0 and "plainness" in own.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--data_path is missing, expected the rows' qtype and reference"),
+        (["--data_path=nowhere.json"], "nowhere.json: no such file"),
+        (["--relevance_scaling=false", "--reward_branching=false", "--reward_function=examples/my_reward.py:nothing"], "no function 'nothing' in it"),
+        (["--relevance_model_name=models/none", "--reward_branching=false"], "models/none: no such folder"),
+        (["--relevance_model_name=owner/unreachable", "--reward_branching=false"], "owner/unreachable: cannot be loaded as a relevance model"),
+    ],
+)  # fmt: skip
+def test_scoring_command_says_what_is_wrong(eval_file, words, message):
+    done = run_script("reward_model.py", eval_file, *words)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr

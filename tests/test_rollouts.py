@@ -11,7 +11,7 @@ from chat_templates import ChatTemplate, encode_prompts, load_template
 from generation import Decoding, generate_responses, load_tokenizer, until_eos
 from run_ppo import Prompt, batches, cut_at_stop_string, require_finite_step
 
-PROMPTS = [Prompt(f"p{number}", [number], None, None) for number in range(10)]
+PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
 
 
 @pytest.fixture(scope="module")

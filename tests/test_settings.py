@@ -19,6 +19,7 @@ SCRIPTS = {
     "eval_monotonicity": "MonotonicitySettings",
     "train_gold_rm": "GoldTrainingSettings",
     "embedded_models": "EmbeddedModelSettings",
+    "reward_model": "ScoreSettings",
 }
 
 
@@ -57,17 +58,19 @@ def test_bad_settings(tmp_path, yaml, words, message):
         parse_settings(Example, ["--config", str(config), *words])
 
 
+def attributes_of(tree: ast.AST, variable: str) -> set[str]:
+    """The names that are read as `variable.name`."""
+    accesses = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    return {node.attr for node in accesses if node.value.id == variable}
+
+
 @pytest.mark.parametrize(("script", "cls"), SCRIPTS.items())
 def test_every_declared_setting_is_read_and_explained(script, cls):
     fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
-    tree = ast.parse((REPOSITORY / f"{script}.py").read_text(encoding="utf-8"))
-    body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name == cls)]
-    read = {
-        node.attr
-        for part in body
-        for node in ast.walk(part)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "settings"
-    }
+    read = attributes_of(ast.parse((REPOSITORY / f"{script}.py").read_text(encoding="utf-8")), "settings")
+    shared = ast.parse((REPOSITORY / "reward_model.py").read_text(encoding="utf-8"))  # `RewardSettings` reads its own fields
+    (load,) = (node for node in ast.walk(shared) if isinstance(node, ast.FunctionDef) and node.name == "load_reward")
+    read |= attributes_of(load, "self") if "load_reward" in read else set()
     unread = {field.name for field in fields} - read
     assert unread == set()
     assert all(field.metadata["help"] for field in fields)
@@ -95,3 +98,20 @@ def test_published_flags_keep_their_names():
     from run_ppo import PPOSettings
 
     assert set(PUBLISHED.split()) <= {field.name for field in dataclasses.fields(PPOSettings)}
+
+
+def test_positional_words_and_help(capsys):
+    @dataclass
+    class WithFiles:
+        files: list[str] = setting([], "some files", positional=True)
+        rate: float = setting(0.5, "a rate")
+        active: bool = setting(True, "a switch")
+
+    settings = parse_settings(WithFiles, ["a.json", "b.json", "--rate=0.25"])
+    assert (settings.files, settings.rate) == (["a.json", "b.json"], 0.25)
+    with pytest.raises(InputError, match="the following arguments are required: files"):
+        parse_settings(WithFiles, ["--rate=1"])
+    with pytest.raises(SystemExit):
+        parse_settings(WithFiles, ["--help"])
+    shown = capsys.readouterr().out
+    assert "a rate (default: 0.5)" in shown and "--no_active" not in shown

@@ -1,0 +1,247 @@
+"""Gold reward models: what the proxy is compared with, and what PPO may train against in its place.
+
+from gold_models import load_gold_reward_model
+gold = load_gold_reward_model("Nexusflow/Starling-RM-34B")
+gold.get_reward({"query": [...], "response": [...]})    # -> list of floats
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from chat_templates import TOKENIZER_OWN, load_template
+from records import InputError, adapter_base, loading, read_json, require_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
+    """Token ids of one user turn and one assistant turn in the tokenizer's own chat template, the last `max_length` of them.
+
+    A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair.
+    """
+    if not tokenizer.chat_template:
+        ids = tokenizer(query, response)["input_ids"]
+    else:
+        template = load_template(TOKENIZER_OWN, tokenizer)
+        text = template.render_chat(
+            [{"role": "user", "content": query}, {"role": "assistant", "content": response}], add_generation_prompt=False
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-max_length:]
+
+
+class _GoldRewardModel(ABC):
+    """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int, max_length: int):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_size = batch_size
+        self.max_length = max_length
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
+        """One float a row for {"query": raw instructions, "response": responses}, in the order given.
+
+        Raises:
+            InputError: columns of different lengths, or a score that is not finite (named by row).
+        """
+        if len(batch["query"]) != len(batch["response"]):
+            raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
+        encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
+        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+        scores = [0.0] * len(encoded)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, score in zip(rows, self._score_ids([encoded[row] for row in rows])):
+                scores[row] = score
+        return require_finite(scores, f"gold reward ({self.name})")
+
+    def encode(self, query: str, response: str) -> list[int]:
+        """Token ids of one row, truncated on the left to `max_length`."""
+        return encode_conversation(self.tokenizer, query, response, self.max_length)
+
+    @torch.inference_mode()
+    def _score_ids(self, encoded: list[list[int]]) -> list[float]:
+        longest = max(map(len, encoded))
+        ids = torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in encoded])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
+        device = self.model.device
+        return self.score_batch(ids.to(device), mask.to(device)).float().tolist()
+
+    pad_token_id: int
+
+    @abstractmethod
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[rows, time] ids and mask, padded on the right, to [rows] scores."""
+
+
+class StarlingRMForInference(_GoldRewardModel):
+    """Starling-RM: a Llama trunk under `transformer.`, a bias-free linear `v_head`, read at each row's last real token.
+
+    Args:
+        name_or_path: hub name or folder (safetensors).
+        tokenizer_name: its tokenizer; the default is what Starling-RM-34B was trained with. Its chat template is ChatML.
+        device: "cuda", "cpu", ...; by default every GPU there is (`device_map="auto"`), else the CPU.
+        batch_size: rows per forward pass.
+        human_assistant_prefix: wrap the instruction as "\\n\\nHuman: ...\\n\\nAssistant: " inside the user turn, as the published
+            scoring script did (probably by mistake).
+    """
+
+    pad_token_id = 0
+
+    def __init__(
+        self,
+        name_or_path: str = DEFAULT_GOLD,
+        tokenizer_name: str = "01-ai/Yi-34B-Chat",
+        device: str | None = None,
+        batch_size: int = 8,
+        max_length: int = 2048,
+        human_assistant_prefix: bool = False,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        with loading(tokenizer_name, "a tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        model = _load_model(_starling_class(), name_or_path, device)
+        super().__init__(model, tokenizer, name_or_path, batch_size, max_length)
+        self.human_assistant_prefix = human_assistant_prefix
+
+    def encode(self, query: str, response: str) -> list[int]:
+        if self.human_assistant_prefix:
+            query = f"\n\nHuman: {query}\n\nAssistant: "
+        text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
+        return self.tokenizer(text)["input_ids"][-self.max_length :]
+
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, attention_mask)
+
+
+@functools.cache
+def _starling_class() -> type[PreTrainedModel]:
+    """The module class of the checkpoint; built on first use, so that importing this file does not import all of transformers."""
+    from transformers import LlamaModel, LlamaPreTrainedModel
+
+    class StarlingRewardModel(LlamaPreTrainedModel):
+        base_model_prefix = "transformer"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.transformer = LlamaModel(config)
+            self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            last = attention_mask.sum(dim=1) - 1
+            rewards = self.v_head(hidden).squeeze(-1)
+            return rewards[torch.arange(len(rewards), device=rewards.device), last.to(rewards.device)]
+
+    return StarlingRewardModel
+
+
+class SequenceClassificationRMForInference(_GoldRewardModel):
+    """Any one-label `AutoModelForSequenceClassification` reward model (hub name, folder, or a PEFT adapter folder on one).
+
+    Args:
+        name_or_path: hub name or folder.
+        device, batch_size: as for `StarlingRMForInference`.
+        max_length: rows longer than this, or than the model's own limit, are truncated on the left.
+    """
+
+    def __init__(self, name_or_path: str, device: str | None = None, batch_size: int = 8, max_length: int = 2048) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        adapter = Path(name_or_path) / "adapter_config.json"
+        is_adapter = adapter.is_file()
+        base = adapter_base(name_or_path) if is_adapter else name_or_path
+        # A reward adapter carries the head itself; a plain model must bring it, or its scores would be random numbers.
+        if is_adapter and read_json(adapter)["task_type"] != "SEQ_CLS":
+            raise InputError(f"{adapter}: task_type is {read_json(adapter)['task_type']!r}, expected SEQ_CLS, a reward model's")
+        with loading(base, "a reward model's tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(base)
+        model = _load_model(AutoModelForSequenceClassification, base, device, new_head=is_adapter)
+        if is_adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
+        if model.config.num_labels != 1:
+            raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id = model.config.pad_token_id
+        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, tokenizer.model_max_length))
+
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+
+
+def load_gold_reward_model(name_or_path: str = DEFAULT_GOLD, device: str | None = None, batch_size: int = 8) -> _GoldRewardModel:
+    """Load a gold reward model: Starling where the name or the weights say so, any sequence classification model otherwise.
+
+    Returns:
+        An object with `get_reward({"query", "response"}) -> list[float]`.
+
+    Raises:
+        InputError: no such model, no safetensors weights, no reward head, or an adapter whose base model is missing.
+    """
+    if _is_starling(name_or_path):
+        own_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
+        tokenizer = {"tokenizer_name": name_or_path} if own_tokenizer else {}
+        return StarlingRMForInference(name_or_path, device=device, batch_size=batch_size, **tokenizer)
+    return SequenceClassificationRMForInference(name_or_path, device=device, batch_size=batch_size)
+
+
+def _is_starling(name_or_path: str) -> bool:
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return "v_head.weight" in _weight_names(folder)
+    return "starling-rm" in name_or_path.lower()
+
+
+def _weight_names(folder: Path) -> Iterable[str]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return read_json(index)["weight_map"].keys()
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        return ()
+    with safe_open(single, framework="pt") as weights:
+        return list(weights.keys())
+
+
+def _load_model(cls: type, name_or_path: str, device: str | None, new_head: bool = False) -> PreTrainedModel:
+    """`cls.from_pretrained` from safetensors: bf16 over the GPUs there are, fp32 on a CPU; missing weights are an error."""
+    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    placement = {"device_map": "auto"} if cuda and device is None else {}
+    labels = {"num_labels": 1} if new_head else {}
+    with loading(name_or_path, "a reward model"):
+        model, loaded = cls.from_pretrained(
+            name_or_path,
+            dtype=torch.bfloat16 if cuda else torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **placement,
+            **labels,
+        )
+    missing = sorted(loaded["missing_keys"])
+    if missing and not new_head:
+        raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
+    return model if placement or device is None else model.to(device)
