@@ -1,4 +1,4 @@
-"""The proxy reward in TRL's GRPO (or RLO, Online DPO, anything with `reward_funcs`), for trl>=1.16 in an environment of its own.
+"""The proxy reward in TRL's GRPO (and any other trainer of it that takes `reward_funcs`, RLOO for one), for trl>=1.16 in an environment of its own.
 
     python -m venv .venv-adapters && .venv-adapters/bin/pip install -r examples/requirements.txt
     .venv-adapters/bin/python examples/trl_grpo.py --model models/SmolLM2-135M-Instruct --data data/train.json --max_steps 2
@@ -48,6 +48,7 @@ class ProxyReward:
 
 
 def main() -> None:
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -79,6 +80,8 @@ def main() -> None:
         num_generations=4,
         max_completion_length=words.max_completion_length,
         logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
     )
