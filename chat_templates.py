@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from records import REPOSITORY, InputError
+from records import REPOSITORY, InputError, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,8 +100,14 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
 
 
 def _load_file(path: Path) -> ChatTemplate:
-    source = path.read_text(encoding="utf-8")
-    variables = ImmutableSandboxedEnvironment().from_string(source).make_module({"messages": []})
+    source = read_text(path)
+    example = [{"role": "user", "content": _MARK}]
+    try:
+        variables = ImmutableSandboxedEnvironment().from_string(source).make_module({"messages": example, "add_generation_prompt": True})
+    except TemplateError as error:
+        raise InputError(f"{path}: the template fails ({type(error).__name__}: {error})") from None
+    if str(variables).count(_MARK) != 1:
+        raise InputError(f"{path}: a prompt holds the instruction {str(variables).count(_MARK)} times, expected once")
     lists = []
     for variable in ("stop_strings", "role_headings"):
         texts = getattr(variables, variable, None)

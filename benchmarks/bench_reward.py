@@ -64,7 +64,25 @@ def main() -> None:
     # 1. LI * RP, one core.
     threads = torch.get_num_threads()
     simple = ReversedEngineeredRewardForInference("alpaca", repetition_penalty=True)
-    unit = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "near", "12", "old", "river", "banks,", "twice", "a", "day."]
+    unit = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "near",
+        "12",
+        "old",
+        "river",
+        "banks,",
+        "twice",
+        "a",
+        "day.",
+    ]
     responses = [" ".join(unit[(row + place) % len(unit)] for place in range(185)) for row in range(5000)]
     tokens = statistics.fmean(simple.score({"response": responses})["length"]) * 100
     rate = statistics.median(len(responses) / seconds(lambda: simple.get_reward({"response": responses})) * 60 for _ in range(words.turns))

@@ -84,3 +84,19 @@ def test_a_template_file_without_stop_strings_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("chat_templates.FOLDER", tmp_path)
     with pytest.raises(InputError, match="mine.jinja: expected `set stop_strings"):
         load_template("mine")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for message in messages %}", "mine.jinja: the template fails .TemplateSyntaxError"),
+        ("{{ messages[0].nothing.more }}", "mine.jinja: the template fails .UndefinedError"),
+        ("Hello", "mine.jinja: a prompt holds the instruction 0 times, expected once"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "a prompt holds the instruction 2 times"),
+    ],
+)
+def test_a_template_that_cannot_render_is_named(tmp_path, monkeypatch, source, message):
+    (tmp_path / "mine.jinja").write_text(source, encoding="utf-8")
+    monkeypatch.setattr("chat_templates.FOLDER", tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_template("mine")
