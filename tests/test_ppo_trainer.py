@@ -1,0 +1,208 @@
+"""`FastPPOTrainer` against the installed TRL, live: same statistics, same weights, step after step."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.core import logprobs_from_logits
+
+from generation import load_tokenizer
+from ppo_trainer import FastPPOTrainer, _TokenLogProbs
+
+BATCH = 8
+ARRAYS = ("objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
+
+
+def make_trainer(cls, tiny_model, padding_side="left", **settings):
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_model))
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)  # a policy that is not its reference
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.padding_side = padding_side
+    config = PPOConfig(**{"batch_size": BATCH, "mini_batch_size": 2, "gradient_accumulation_steps": 1, "ppo_epochs": 2,
+                          "learning_rate": 2e-4, "use_score_scaling": True, "use_score_norm": True, "score_clip": 10.0, **settings})  # fmt: skip
+    return cls(config, policy, ref_model=None, tokenizer=tokenizer)
+
+
+def rollouts(step: int):
+    """Queries of 3 to 12 tokens and responses of 1 to 16, with scores; the same for every trainer."""
+    draw = torch.Generator().manual_seed(step)
+    lengths = [1, 16, *torch.randint(2, 16, (BATCH - 2,), generator=draw).tolist()]
+    queries = [torch.randint(3, 300, (int(torch.randint(3, 13, (1,), generator=draw)),), generator=draw) for _ in range(BATCH)]
+    responses = [torch.randint(3, 300, (length,), generator=draw) for length in lengths]
+    return queries, responses, list(torch.randn(BATCH, generator=draw))
+
+
+def trained_weights(trainer):
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+def compare(stock, fast, steps=3, masks=None):
+    for step in range(steps):
+        results = []
+        for trainer in (stock, fast):
+            np.random.seed(step)
+            queries, responses, scores = rollouts(step)
+            given = None if masks is None else [mask[: len(response)] for mask, response in zip(masks, responses)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results.append(trainer.step(queries, responses, scores, given))
+        theirs, ours = results
+        missing = {name for name in theirs if name not in ours}
+        assert missing == set()
+        for name, value in theirs.items():
+            if name.startswith("time/") or name in ARRAYS:
+                continue
+            np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-5, err_msg=f"step {step}: {name}")
+        assert stock.kl_ctl.value == pytest.approx(fast.kl_ctl.value, rel=1e-6)
+        if masks is None:
+            compare_arrays(theirs, ours, queries, responses, stock.tokenizer.padding_side)
+        weights = trained_weights(stock)
+        for name, weight in trained_weights(fast).items():
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def compare_arrays(theirs, ours, queries, responses, padding_side):
+    """Theirs cover prompts and padding too; ours the response tokens, up to the last column."""
+    for name in ("objective/logprobs", "objective/ref_logprobs"):
+        assert ours[name].shape == (BATCH, 16)
+        for row, (query, response) in enumerate(zip(queries, responses)):
+            start = theirs[name].shape[1] - len(response) if padding_side == "left" else len(query) - 1
+            expected = theirs[name][row, start : start + len(response)]
+            np.testing.assert_allclose(ours[name][row, -len(response) :], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_score_scaling": False, "use_score_norm": False, "score_clip": None},
+        {"use_score_norm": False, "score_clip": 0.5},
+        {"adap_kl_ctrl": False, "init_kl_coef": 0.1},
+        {"target": 0.1, "horizon": 20},
+        {"gradient_accumulation_steps": 4},
+        {"mini_batch_size": 8},
+        {"mini_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"padding_side": "right"},
+        {"early_stopping": True, "target_kl": 1e-4},
+        {"kl_penalty": "abs", "whiten_rewards": True, "gamma": 0.9, "lam": 0.8},
+    ],
+    ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
+)
+def test_same_numbers_as_trl(tiny_model, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock, fast = (make_trainer(cls, tiny_model, **settings) for cls in (PPOTrainer, FastPPOTrainer))
+    compare(stock, fast)
+
+
+def test_same_numbers_with_response_masks(tiny_model):
+    stock, fast = (make_trainer(cls, tiny_model) for cls in (PPOTrainer, FastPPOTrainer))
+    masks = [torch.tensor([1] * 1 + [0, 1] * 8)] * BATCH
+    compare(stock, fast, masks=masks)
+
+
+def test_same_numbers_without_peft(tiny_model):
+    """The full model is trained but for its output head, against a copy of itself."""
+
+    def make(cls):
+        torch.manual_seed(0)
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(str(tiny_model))
+        policy.pretrained_model.model.embed_tokens.requires_grad_(False)
+        config = PPOConfig(batch_size=BATCH, mini_batch_size=4, ppo_epochs=1, learning_rate=5e-5)
+        return cls(config, policy, ref_model=None, tokenizer=load_tokenizer(str(tiny_model)))
+
+    compare(make(PPOTrainer), make(FastPPOTrainer), steps=2)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_log_probabilities_and_their_gradient(monkeypatch, soft_cap):
+    """Against autograd through full logits, with chunks of three tokens."""
+    monkeypatch.setattr("ppo_trainer.LOGITS_PER_CHUNK", 3 * 50)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    hidden, labels = torch.randn(10, 8, requires_grad=True), torch.randint(50, (10,))
+    weights = torch.randn(10)
+    logprobs, entropies = _TokenLogProbs.apply(hidden, labels, head, soft_cap)
+    (logprobs * weights).sum().backward()
+    ours = hidden.grad.clone()
+    hidden.grad = None
+    logits = head(hidden)
+    logits = torch.tanh(logits / soft_cap) * soft_cap if soft_cap else logits
+    expected = logprobs_from_logits(logits[None], labels[None])[0]
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(ours, hidden.grad)
+    probabilities = logits.softmax(-1)
+    torch.testing.assert_close(entropies, -(probabilities * probabilities.log()).sum(-1))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights(tiny_model):
+    trainer = make_trainer(FastPPOTrainer, tiny_model, score_clip=None, use_score_scaling=False, use_score_norm=False)
+    before = trained_weights(trainer)
+    queries, responses, scores = rollouts(0)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        trainer.step(queries, responses, [torch.tensor(float("nan")), *scores[1:]])
+    assert all(torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+
+
+def test_skipped_mini_batches_are_counted(tiny_model):
+    trainer = make_trainer(FastPPOTrainer, tiny_model, ratio_threshold=0.5)
+    before = trained_weights(trainer)
+    with pytest.warns(UserWarning, match="the mean ratio of a mini batch is 1.00, above 0.5: skipped"):
+        stats = trainer.step(*rollouts(0))
+    assert stats["ppo/skipped_minibatches"] == BATCH / 2 * 2
+    assert all(torch.equal(weight, before[name]) for name, weight in trained_weights(trainer).items())
+
+
+def test_gradients_are_clipped_on_every_step(tiny_model, monkeypatch):
+    trainer = make_trainer(FastPPOTrainer, tiny_model, max_grad_norm=1e-3, ppo_epochs=1)
+    norms = []
+
+    def clip(parameters, limit):
+        parameters = list(parameters)
+        norms.append(len(parameters))
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", clip)
+    trainer.step(*rollouts(0))
+    assert norms == [10] * 4  # eight LoRA matrices and the value head's two, at each of four optimiser steps
+
+
+def test_the_end_of_a_data_loader_does_not_cut_accumulation_short(tiny_model):
+    trainer = make_trainer(FastPPOTrainer, tiny_model, gradient_accumulation_steps=4, ppo_epochs=1)
+    loader = trainer.accelerator.prepare(torch.utils.data.DataLoader(list(range(4)), batch_size=2))
+    updates = []
+    original = trainer.optimizer.step
+
+    def counted():
+        updates.append(trainer.accelerator.sync_gradients)
+        original()
+
+    trainer.optimizer.step = counted
+    for _ in loader:  # the second batch is the loader's last
+        trainer.step(*rollouts(0))
+    assert sum(updates) == 2 and len(updates) == 8
+
+
+def test_a_trained_output_head_is_refused(tiny_model):
+    from peft import LoraConfig
+
+    from records import InputError
+
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+        str(tiny_model), peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with pytest.raises(InputError, match="policy's output head is among the trained modules"):
+        FastPPOTrainer(PPOConfig(batch_size=2, mini_batch_size=1), policy, tokenizer=load_tokenizer(str(tiny_model)))
