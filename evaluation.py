@@ -60,10 +60,12 @@ def load_merged(base: str, adapter: str, device: str, cache_dir: str | None) -> 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from cpu_linear import use_onednn
+
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with loading(base, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device).eval()
+    return use_onednn(PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device).eval().requires_grad_(False))
 
 
 def compare_with_baseline(rows: list[dict], baseline: list[dict], template: ChatTemplate) -> dict[str, float]:

@@ -1,18 +1,21 @@
-"""Prompts in, responses out: batched sampling with transformers, shared by PPO's evaluation and by `evaluation.py`."""
+"""Prompts in, responses out: batched sampling with a causal LM, shared by PPO's rollouts and by `evaluation.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from cpu_linear import OneDNNLinear
 from records import loading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,23 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
 
-    def generate_kwargs(self, tokenizer: PreTrainedTokenizerBase) -> dict:
-        """The settings as keyword arguments of `model.generate`."""
-        common = {"max_new_tokens": self.max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, [rows], from its logits [rows, vocabulary] and one number in [0, 1) a row.
+
+        The number is looked up in the cumulative distribution: one draw a row, where sampling by exponentials takes one a token.
+        """
         if self.temperature == 0:
-            return {**common, "do_sample": False}
-        return {**common, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            return logits.argmax(dim=-1)
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            logits = TopKLogitsWarper(self.top_k)(None, logits)
+        if self.top_p < 1:
+            logits = TopPLogitsWarper(self.top_p)(None, logits)
+        cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
+        target = draws.to(cumulative)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
 def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
@@ -47,7 +61,121 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTraine
     return tokenizer
 
 
-@torch.inference_mode()
+def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int) -> torch.Tensor:
+    """[rows, max_new_tokens] numbers in [0, 1) that depend on the seed and on each row's number alone."""
+    return torch.tensor(np.stack([np.random.Generator(np.random.Philox(key=[seed, row])).random(max_new_tokens) for row in rows]))
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding, draws: torch.Tensor, eos_token_id: int
+) -> list[list[int]]:
+    """One response to each prompt, all of them in one batch; rows that have ended leave it.
+
+    Args:
+        model: a causal LM in eval mode.
+        prompts: token ids, at least one each.
+        draws: [prompts, max_new_tokens] numbers in [0, 1), one for each token that may be drawn.
+
+    Returns:
+        Token ids of each response, up to and with the first end-of-sequence token.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[eos_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = _roomy_cache(model, longest + decoding.max_new_tokens)
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # the prompts still in the batch; -1 for one that has ended and not left yet
+    for step in range(decoding.max_new_tokens):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        chosen = decoding.choose(output.logits[:, -1], draws[[max(row, 0) for row in rows], step])
+        for place, token in enumerate(chosen.tolist()):
+            if rows[place] >= 0:
+                responses[rows[place]].append(token)
+                if token == eos_token_id:
+                    rows[place] = -1
+        ended = rows.count(-1)
+        if ended == len(rows):
+            break
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if ended * 8 >= len(rows):  # moving the others costs a copy of the cache
+            stay = torch.tensor([place for place, row in enumerate(rows) if row >= 0], device=device)
+            cache.batch_select_indices(stay)
+            ids, positions, mask = ids[stay], positions[stay], mask[stay]
+            rows = [row for row in rows if row >= 0]
+    return responses
+
+
+def _roomy_cache(model: PreTrainedModel, length: int) -> Cache:
+    """A cache for `length` tokens. Where transformers' own layers copy themselves to append each token, these have room for all."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room: tuple[torch.Tensor, torch.Tensor]
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+            start = self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+            if start == 0:
+                self.lazy_initialization(key_states, value_states)
+                self.room = tuple(
+                    states.new_empty(*states.shape[:-2], max(length, states.shape[-2]), states.shape[-1])
+                    for states in (key_states, value_states)
+                )
+            end = start + key_states.shape[-2]
+            for room, states in zip(self.room, (key_states, value_states)):
+                room[..., start:end, :] = states
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            end = self.keys.shape[-2]
+            self.room = tuple(room[indices] for room in self.room)
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@contextmanager
+def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
+    """The model in the form in which a token costs least, while the block runs.
+
+    LoRA is added to copies of the weights. The weights themselves come back untouched (adding and subtracting would round them a little
+    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. On a CPU where
+    oneDNN computes, the copies are in its own layout.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+
+    def in_fp32(layer: torch.nn.Module) -> bool:
+        return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
+
+    lora = [layer for layer in model.modules() if isinstance(layer, LoraLinear) and not layer.disable_adapters]
+    lora = [layer for layer in lora if in_fp32(layer.get_base_layer())]
+    weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
+    packable = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and in_fp32(layer)]
+    try:
+        with torch.no_grad():
+            for layer in lora:
+                base = layer.get_base_layer()
+                base.weight.data = base.weight.data + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                layer._disable_adapters = True
+            for layer in packable:
+                layer.pack(layer.weight.data, batch_size)
+        yield
+    finally:
+        for layer in packable:
+            layer.unpack()
+        for layer in lora:
+            layer._disable_adapters = False
+        for base, weight in weights.items():
+            base.weight.data = weight
+
+
 def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,38 +184,29 @@ def generate_responses(
     batch_size: int,
     seed: int,
     description: str | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Sample one response to each prompt.
+    """Sample one response to each prompt. It depends on the seed and the row's number, not on the batch it is drawn in.
 
     Args:
-        model: a causal LM in eval mode, or TRL's wrapper with a value head.
+        model: a causal LM in eval mode.
         prompts: token ids; sorted by length here, so that a batch holds little padding.
         seed: of the draws; the global random state is left as it was.
         description: of the progress bar; no bar without it.
+        rows: the prompts' row numbers, where they are a part of some larger file; 0, 1, ... by default.
 
     Returns:
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
     """
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+    rows = list(range(len(prompts))) if rows is None else rows
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     responses: list[list[int]] = [[] for _ in prompts]
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
-        torch.manual_seed(seed)
+    with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = max(len(prompts[row]) for row in rows)
-            padding = [longest - len(prompts[row]) for row in rows]
-            ids = torch.tensor([[tokenizer.pad_token_id] * pad + list(prompts[row]) for row, pad in zip(rows, padding)], device=device)
-            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=device)
-            generated = model.generate(input_ids=ids, attention_mask=mask, **decoding.generate_kwargs(tokenizer))
-            for row, sequence in zip(rows, generated[:, longest:].tolist()):
-                responses[row] = until_eos(sequence, tokenizer.eos_token_id)
-            bar.update(len(rows))
+            places = order[start : start + batch_size]
+            draws = row_draws(seed, [rows[place] for place in places], decoding.max_new_tokens)
+            found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
+            for place, response in zip(places, found):
+                responses[place] = response
+            bar.update(len(places))
     return responses
-
-
-def until_eos(sequence: Sequence[int], eos_token_id: int) -> list[int]:
-    """The sequence up to and with its first end-of-sequence token."""
-    sequence = list(sequence)
-    return sequence[: sequence.index(eos_token_id) + 1] if eos_token_id in sequence else sequence

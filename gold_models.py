@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from chat_templates import TOKENIZER_OWN, load_template
+from cpu_linear import use_onednn
 from records import InputError, adapter_base, loading, read_json, require_finite
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _GoldRewardModel(ABC):
     """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int, max_length: int):
-        self.model = model.eval()
+        self.model = use_onednn(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size

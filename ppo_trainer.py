@@ -35,6 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
 
+from cpu_linear import linear
+from generation import Decoding, ready_to_sample, sample
 from records import InputError
 
 TOKENS_PER_PASS = 2048  # of passes without gradients, which keep no activations
@@ -73,7 +75,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 by_logit = probabilities.neg_().scatter_add_(1, labels[part, None], torch.ones_like(chosen))
                 if slope is not None:
                     by_logit *= slope
-                gradient[part] = by_logit.to(head.weight.dtype) @ head.weight
+                gradient[part] = linear(by_logit.to(head.weight.dtype), head.weight.t())
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -198,6 +200,53 @@ class FastPPOTrainer(PPOTrainer):
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         if self.ref_model is not None:
             _teach_to_predict(self.accelerator.unwrap_model(self.ref_model))
+
+    # --------------------------------------------------------------------------------------------------------- rollouts
+
+    def generate(
+        self,
+        query_tensor: torch.Tensor | list[torch.Tensor],
+        length_sampler=None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs,
+    ) -> list[torch.Tensor]:
+        """Responses to a list of queries by `generation.sample`; everything that it does not know goes to TRL's own `generate`.
+
+        Args:
+            query_tensor: token ids, [time] each.
+            batch_size: queries at a time.
+            return_prompt: whether a response begins with its query.
+            generation_kwargs: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`; the draws come from torch's global generator.
+
+        Returns:
+            Token ids, [time] each, up to and with the first end-of-sequence token.
+        """
+        ours = set(generation_kwargs) <= {"max_new_tokens", "do_sample", "temperature", "top_p", "top_k"}
+        if (
+            not (ours and "max_new_tokens" in generation_kwargs and isinstance(query_tensor, list))
+            or length_sampler
+            or generate_ref_response
+        ):
+            return super().generate(query_tensor, length_sampler, batch_size, return_prompt, generate_ref_response, **generation_kwargs)
+        options = dict(generation_kwargs)
+        if not options.pop("do_sample", False):
+            options["temperature"] = 0.0
+        decoding = Decoding(**options)
+        prompts = [query.tolist() for query in query_tensor]
+        draws = torch.rand(len(prompts), decoding.max_new_tokens, dtype=torch.float64)
+        policy = self.accelerator.unwrap_model(self.model)
+        policy.eval()
+        responses: list[list[int]] = []
+        with ready_to_sample(policy.pretrained_model, batch_size):
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                responses += sample(policy.pretrained_model, prompts[part], decoding, draws[part], self.tokenizer.eos_token_id)
+        return [
+            torch.tensor(prompt + response if return_prompt else response, device=self.current_device)
+            for prompt, response in zip(prompts, responses)
+        ]
 
     # ------------------------------------------------------------------------------------------------------------- step
 

@@ -35,7 +35,8 @@ class InputError(ValueError):
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main` and say in one line on stderr why it could not finish.
 
-    Exit codes: 2 for an `InputError`, 1 for a number that is not finite (`FloatingPointError`), 130 for Ctrl-C and SIGTERM.
+    Exit codes: 2 for an `InputError`, 1 for a number that is not finite (`FloatingPointError`) and for what the system refuses (a full
+    disk ...: `OSError`), 130 for Ctrl-C and SIGTERM.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -45,6 +46,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except FloatingPointError as error:
         print(f"\nerror: {error}", file=sys.stderr)  # on a line of its own: a progress bar may stand on this one
+        sys.exit(1)
+    except OSError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: what was finished is kept", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cpu_linear import use_onednn
 from records import InputError, loading
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def load_encoder(name_or_path: str, device: str | None = None, cache_dir: str | 
             processor_kwargs={**hub, "truncation_side": "left"},
             config_kwargs=hub,
         )
+    use_onednn(transformer.auto_model.requires_grad_(False))
     positions = transformer.auto_model.config.max_position_embeddings
     transformer.max_seq_length = min(transformer.tokenizer.model_max_length, positions)
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device=device)

@@ -13,22 +13,25 @@ On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published 
         --learning_rate=1e-5 --lora_r=8 --lora_alpha=16 --lora_dropout=0.05 --reward_model_batch_size 8 \\
         --length_incentive=true --repetition_penalty=true --relevance_scaling=true --reward_branching=true
 
-The algorithm is TRL 0.9.6's `PPOTrainer`. Checkpoints (a PEFT adapter, the value head, a record of the run, the development
+The algorithm is TRL 0.9.6's `PPOTrainer`, made faster in `ppo_trainer.py`. Checkpoints (a PEFT adapter, the value head, a record of the run, the development
 rollouts) go to <output_dir>_step_<k>, the start included as step 0; metrics to <logging_dir>/metrics.jsonl and to the tracker.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import QTYPES, InputError, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
+from records import QTYPES, InputError, atomic_path, check_model_name, loading, provenance, read_json, read_rows, run_main, write_json
 from reward_model import RewardSettings, reward_batch
 from settings import parse_settings, setting
 
@@ -36,10 +39,11 @@ if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
-    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
     from chat_templates import ChatTemplate
     from generation import Decoding
+    from ppo_trainer import FastPPOTrainer
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -58,6 +62,9 @@ class PPOSettings(RewardSettings):
     logging_dir: str = setting("", "logs; empty means <output_dir>/logs")
     log_with: str = setting("tensorboard", "tracker: tensorboard, wandb or none (metrics.jsonl is always written)")
     overwrite: bool = setting(False, "remove the checkpoints that an earlier run left at output_dir")
+    resume_from_checkpoint: str = setting("", "go on from a checkpoint folder, or from the latest of this output_dir: 'auto'")
+    allow_changed_settings: bool = setting(False, "resume although settings are not those that the checkpoint was made with")
+    save_total_limit: int = setting(0, "keep this many of the newest checkpoints, and the start; 0 keeps all")
 
     overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process")
     save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts")
@@ -76,6 +83,9 @@ class PPOSettings(RewardSettings):
     learning_rate: float = setting(1e-5, "learning rate")
     use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
     warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
+    bf16: bool = setting(
+        False, "base weights and their arithmetic in bf16, LoRA and value head in fp32 (DeepSpeed's launch file says it itself)"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
     lora_r: int = setting(8, "LoRA rank")
@@ -106,6 +116,10 @@ class PPOSettings(RewardSettings):
             raise InputError(
                 f"--batch_size is {self.batch_size}, expected a multiple of mini_batch_size * gradient_accumulation_steps = {optimizer_batch}"
             )
+        if self.learning_rate <= 0:
+            raise InputError(f"--learning_rate is {self.learning_rate}, expected more than 0")
+        if self.save_total_limit < 0:
+            raise InputError(f"--save_total_limit is {self.save_total_limit}, expected 0 or more")
         if self.log_with not in TRACKERS:
             raise InputError(f"--log_with is {self.log_with!r}, expected {', '.join(TRACKERS)}")
         if self.long_prompts not in ("error", "drop"):
@@ -317,12 +331,14 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
     from transformers import AutoModelForCausalLM
     from trl import AutoModelForCausalLMWithValueHead
 
+    from cpu_linear import use_onednn
+
     set_seed(settings.seed)  # the same new weights on every rank
+    # LoRA and the value head stay in fp32 on bf16 weights; DeepSpeed keeps fp32 masters of its own.
     deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if settings.bf16 or deepspeed_bf16 else torch.float32
     with loading(settings.model_name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, cache_dir=settings.cache_dir or None, dtype=torch.bfloat16 if deepspeed_bf16 else torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -331,31 +347,7 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
         bias="none",
         target_modules=settings.lora_target_modules,
     )
-    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
-    keep_in_eval_mode(policy)
-    return policy
-
-
-def keep_in_eval_mode(policy: AutoModelForCausalLMWithValueHead) -> None:
-    """Pin the policy to eval mode: rollouts, old and new log-probabilities then come from one and the same distribution.
-
-    TRL computes its losses in eval mode but leaves the policy in train mode, so that rollouts would be drawn with dropout, and the
-    backward pass of gradient checkpointing would recompute with it. Layers checkpoint when their own `training` flag is set: it
-    follows the grad mode, while everything inside them stays as it is.
-    """
-    import torch
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    policy.eval()
-    policy.train = lambda mode=True: policy
-    model = policy.pretrained_model.get_base_model()
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-    def follow_grad_mode(module, args):
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-
-    model.register_forward_pre_hook(follow_grad_mode)
+    return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model.requires_grad_(False)), peft_config=lora)
 
 
 def optimizer_setup(settings: PPOSettings, policy: AutoModelForCausalLMWithValueHead, world_size: int) -> dict:
@@ -373,7 +365,7 @@ def optimizer_setup(settings: PPOSettings, policy: AutoModelForCausalLMWithValue
 # ---------------------------------------------------------------------------------------------- evaluation and checkpoints
 
 
-def evaluate(trainer: PPOTrainer, reward, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding) -> tuple[list[dict], dict]:
+def evaluate(trainer: FastPPOTrainer, reward, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding) -> tuple[list[dict], dict]:
     """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and the scores' `moments`."""
     from accelerate.utils import gather_object
 
@@ -383,17 +375,12 @@ def evaluate(trainer: PPOTrainer, reward, prompts: list[Prompt], settings: PPOSe
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     own = [prompts[number] for number in mine]
     bar = "development rollouts" if accelerator.is_main_process else None
-    policy = accelerator.unwrap_model(trainer.model)
+    policy = accelerator.unwrap_model(trainer.model).eval()
     rows = []
     if own:
+        tokens = [prompt.tokens for prompt in own]
         responses = generate_responses(
-            policy,
-            tokenizer,
-            [prompt.tokens for prompt in own],
-            decoding,
-            settings.batch_size,
-            settings.seed + accelerator.process_index,
-            bar,
+            policy.pretrained_model, tokenizer, tokens, decoding, settings.batch_size, settings.seed, bar, rows=mine
         )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = score_rollouts(reward, own, texts)
@@ -405,33 +392,54 @@ def evaluate(trainer: PPOTrainer, reward, prompts: list[Prompt], settings: PPOSe
     return rows, moments(columns, [row["qtype"] for row in rows])
 
 
-def save_checkpoint(
-    trainer: PPOTrainer, step: int, settings: PPOSettings, decoding: Decoding, dev_rows: list[dict], dev_means: dict[str, float]
-) -> None:
-    """Write <output_dir>_step_<step> at once: adapter, value head, record of the run, development rollouts. Main process only."""
-    from safetensors.torch import save_file
+def run_record(
+    trainer: FastPPOTrainer, step: int, settings: PPOSettings, decoding: Decoding, start: dict[str, tuple[float, float]], dev_means: dict
+) -> dict:
+    """What a checkpoint says of the run that made it; `start` are the scores' moments at step 0."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return provenance(
+        step=step,
+        seed=settings.seed,
+        dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
+        model=settings.model_name,
+        template=settings.chat_template_name,
+        decoding=asdict(decoding),
+        processes=trainer.accelerator.num_processes,
+        kl_coef=float(trainer.kl_ctl.value),
+        development=dev_means,
+        start=start,
+        reward_source=settings.reward_source(),
+        settings=asdict(settings),
+    )
 
-    if trainer.accelerator.is_main_process:
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        record = provenance(
-            step=step,
-            seed=settings.seed,
-            dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
-            model=settings.model_name,
-            template=settings.chat_template_name,
-            decoding=asdict(decoding),
-            processes=trainer.accelerator.num_processes,
-            kl_coef=float(trainer.kl_ctl.value),
-            development=dev_means,
-            reward_source=settings.reward_source(),
-            settings=asdict(settings),
-        )
-        with atomic_path(f"{settings.output_dir}_step_{step}") as folder:
-            policy.pretrained_model.save_pretrained(folder)
-            save_file({name: weight.contiguous() for name, weight in policy.v_head.state_dict().items()}, folder / "value_head.safetensors")
-            write_json(folder / "training_record.json", record)
-            write_json(folder / "development_rollouts.json", dev_rows)
-    trainer.accelerator.wait_for_everyone()
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks for a stop after the step that is under way, the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked."""
+        import torch
+
+        return accelerator.gather(torch.tensor([float(self.asked)], device=accelerator.device)).sum().item() > 0
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: a run that goes on from there writes them anew."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def scalars(stats: dict[str, float | np.ndarray]) -> dict[str, float]:
@@ -454,10 +462,19 @@ def require_finite_step(stats: dict[str, float], step: int) -> None:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
-    output = Path(settings.output_dir)
-    earlier = sorted(path for path in output.parent.glob(f"{output.name}_step_*") if (path / "training_record.json").is_file())
-    if earlier and not settings.overwrite:
-        raise InputError(f"{earlier[0]}: exists already (--overwrite=true removes the checkpoints of an earlier run)")
+    import checkpoints
+
+    resumed = checkpoints.find_resumable(settings.output_dir, settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
+    done = 0
+    if resumed is not None:
+        checkpoints.check_settings(resumed, settings, int(os.environ.get("WORLD_SIZE", "1")))
+        done = read_json(resumed / checkpoints.RECORD)["step"]
+    in_the_way = [path for path in checkpoints.checkpoints_of(settings.output_dir) if read_json(path / checkpoints.RECORD)["step"] > done]
+    if resumed is None:
+        in_the_way = checkpoints.checkpoints_of(settings.output_dir)
+    if in_the_way and not settings.overwrite:
+        later = "it and those after it" if resumed else "the checkpoints of an earlier run; --resume_from_checkpoint=auto goes on"
+        raise InputError(f"{in_the_way[0]}: exists already (--overwrite=true removes {later})")
 
     # 1. Everything a user can get wrong, before any model loads.
     from chat_templates import load_template
@@ -475,39 +492,49 @@ def main() -> None:
     import torch
     from accelerate.utils import set_seed
     from tqdm import tqdm
-    from trl import PPOTrainer
+
+    from ppo_trainer import FastPPOTrainer
 
     accelerator = start_processes(settings)
     policy = load_policy(settings, accelerator)
     optimization = optimizer_setup(settings, policy, accelerator.num_processes)
-    trainer = PPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
+    trainer = FastPPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
     accelerator = trainer.accelerator
     reward = settings.load_reward(template, settings.output_max_length, str(accelerator.device), settings.cache_dir or None)
     set_seed(settings.seed, device_specific=True)  # other draws on every rank from here on
 
-    # 3. The start is a checkpoint too.
+    if settings.is_proxy:
+        known = [*prompts, *dev_prompts]
+        reward.remember(reward_batch([prompt.instruction for prompt in known], [""] * len(known), [prompt.row for prompt in known]))
+
+    # 3. The start is a checkpoint too; or go on from a later one.
     decoding = Decoding(max_new_tokens=settings.output_max_length)
     metrics_path = Path(settings.logging_dir) / "metrics.jsonl"
-    if accelerator.is_main_process:
-        for checkpoint in earlier:
-            shutil.rmtree(checkpoint)
+    main_process = accelerator.is_main_process
+    if main_process:
+        for path in in_the_way:
+            shutil.rmtree(path)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
-        metrics_path.write_text("", encoding="utf-8")
+        keep_metrics_until(metrics_path, done if resumed else -1)
         write_json(metrics_path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
-    dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
-    dev_means = development_metrics(start)
-    save_checkpoint(trainer, 0, settings, decoding, dev_rows, dev_means)
-    bar = tqdm(total=settings.overall_steps, desc="PPO", unit="step", disable=not accelerator.is_main_process)
-    if accelerator.is_main_process:
-        tqdm.write(f"step 0: development {describe(dev_means)}")
+    stop = StopRequest()
+    if resumed is None:
+        dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
+        dev_means = development_metrics(start)
+        checkpoints.save(trainer, f"{settings.output_dir}_step_0", run_record(trainer, 0, settings, decoding, start, dev_means), dev_rows)
+        if main_process:
+            print(f"step 0: development {describe(dev_means)}")
+    else:
+        start = {name: tuple(pair) for name, pair in checkpoints.load(trainer, resumed)["start"].items()}
+        if main_process:
+            print(f"resumed from {resumed}, at step {done}")
+    bar = tqdm(total=settings.overall_steps, initial=done, desc="PPO", unit="step", disable=not main_process)
 
     data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
-    for step, batch in zip(range(1, settings.overall_steps + 1), data):
+    for step, batch in zip(range(done + 1, settings.overall_steps + 1), itertools.islice(data, done, None)):
         # 4. Rollouts.
         queries = [torch.tensor(prompt.tokens) for prompt in batch]
-        generated = trainer.generate(
-            queries, batch_size=settings.batch_size, return_prompt=False, remove_padding=True, **decoding.generate_kwargs(tokenizer)
-        )
+        generated = trainer.generate(queries, batch_size=settings.batch_size, return_prompt=False, do_sample=True, **asdict(decoding))
         responses = [response.tolist() for response in generated]
         ended = [float(response[-1] == tokenizer.eos_token_id) for response in responses]
         if settings.rollout_postprocessing:
@@ -529,13 +556,13 @@ def main() -> None:
         means = reward_metrics(moments({**columns, **lengths_and_ends}, [prompt.qtype for prompt in batch], accelerator), start)
         stats.update(means)
         last = step == settings.overall_steps
-        if last or step % settings.save_freq == 0:
+        scheduled = last or step % settings.save_freq == 0
+        if scheduled:
             dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, decoding)
             dev_means = development_metrics(dev_moments)
-            save_checkpoint(trainer, step, settings, decoding, dev_rows, dev_means)
             stats.update(dev_means)
         trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
-        if accelerator.is_main_process:
+        if main_process:  # the line before the checkpoint: whoever resumes from this step has its numbers
             with metrics_path.open("a", encoding="utf-8") as log:
                 line = {name: value if math.isfinite(value) else None for name, value in scalars(stats).items()}
                 log.write(json.dumps({"step": step, **line}) + "\n")
@@ -545,8 +572,20 @@ def main() -> None:
                 tqdm.write(
                     f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}"
                 )
-            if last or step % settings.save_freq == 0:
-                tqdm.write(f"step {step}: development {describe(dev_means)}; saved {settings.output_dir}_step_{step}")
+        if scheduled:
+            folder = f"{settings.output_dir}_step_{step}"
+            checkpoints.save(trainer, folder, run_record(trainer, step, settings, decoding, start, dev_means), dev_rows)
+            if main_process:
+                checkpoints.prune(settings.output_dir, settings.save_total_limit)
+                shutil.rmtree(checkpoints.interrupted(settings.output_dir), ignore_errors=True)
+                tqdm.write(f"step {step}: development {describe(dev_means)}; saved {folder}")
+        if not last and stop.agreed(accelerator):
+            if not scheduled:
+                folder = str(checkpoints.interrupted(settings.output_dir))
+                checkpoints.save(trainer, folder, run_record(trainer, step, settings, decoding, start, {}), None)
+            if main_process:
+                tqdm.write(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto goes on from {folder}")
+            break
     bar.close()
     # Tearing gloo down while a worker still holds the tensors of the last gather can deadlock; a barrier holds none.
     accelerator.wait_for_everyone()

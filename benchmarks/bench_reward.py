@@ -97,7 +97,7 @@ def main() -> None:
         relevance_model_name=str(REPOSITORY / "models" / "all-MiniLM-L6-v2"),
     )
     model = reward.relevance_model
-    part = {name: values[: max(1, count // 10)] for name, values in batch.items()}
+    part = {name: values[::10] for name, values in batch.items()}
     reward.get_reward(part)
     before = peak_megabytes()
     keep, model.embed_once = model.embed_once, model.embed  # nothing is kept

@@ -206,3 +206,38 @@ def test_a_trained_output_head_is_refused(tiny_model):
     )
     with pytest.raises(InputError, match="policy's output head is among the trained modules"):
         FastPPOTrainer(PPOConfig(batch_size=2, mini_batch_size=1), policy, tokenizer=load_tokenizer(str(tiny_model)))
+
+
+def test_the_policy_stays_in_eval_mode_and_layers_checkpoint_only_with_gradients(tiny_model):
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    trainer = make_trainer(FastPPOTrainer, tiny_model, gradient_checkpointing=True, ppo_epochs=1)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    others = [module for module in policy.modules() if module not in layers]
+    seen = {True: set(), False: set()}
+
+    def look(module, args):
+        seen[torch.is_grad_enabled()].add((module.training, any(other.training for other in others)))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(look)
+    trainer.step(*rollouts(0))
+    trainer.generate([torch.tensor([5, 6])], batch_size=1, return_prompt=False, max_new_tokens=3, do_sample=True)
+    assert seen[True] == {(True, False)}
+    assert (False, False) in seen[False]
+
+
+def test_generate_draws_from_the_global_generator_and_knows_trls_options(tiny_model):
+    trainer = make_trainer(FastPPOTrainer, tiny_model)
+    queries = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(trainer.generate(queries, batch_size=2, return_prompt=False, max_new_tokens=9, do_sample=True))
+    assert all(torch.equal(*pair) for pair in zip(found[0], found[1]))
+    assert not all(len(one) == len(other) and torch.equal(one, other) for one, other in zip(found[0], found[2]))
+    greedy = trainer.generate(queries, batch_size=1, max_new_tokens=5)
+    theirs = PPOTrainer.generate(trainer, queries, batch_size=1, max_new_tokens=5, eos_token_id=2, pad_token_id=2)
+    assert [row.tolist() for row in greedy] == [row.tolist() for row in theirs]  # both with their prompts
+    assert len(trainer.generate(queries[0], max_new_tokens=2, pad_token_id=2)[0]) == 5  # one query: TRL's own

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chat_templates import ChatTemplate, encode_prompts, load_template
-from generation import Decoding, generate_responses, load_tokenizer, until_eos
+from generation import Decoding, generate_responses, load_tokenizer, ready_to_sample, row_draws, sample
 from run_ppo import Prompt, batches, cut_at_stop_string, require_finite_step
 
 PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
@@ -41,11 +41,6 @@ def test_ranks_share_out_the_same_order():
     assert together == alone
 
 
-def test_responses_end_with_their_first_eos():
-    assert until_eos([5, 2, 7, 2], 2) == [5, 2]
-    assert until_eos([5, 7], 2) == [5, 7]
-
-
 @pytest.mark.parametrize("stop", ["### Instruction:", "\n\n--", "\n\n\n\n"])
 def test_tokens_are_cut_where_the_stop_string_begins(tiny_model, stop):
     tokenizer = load_tokenizer(str(tiny_model))
@@ -71,7 +66,8 @@ def test_greedy_rollouts_are_those_of_transformers_at_any_batch_size(policy, tin
     expected = []
     for prompt in prompts:
         full = policy.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2)[0].tolist()
-        expected.append(until_eos(full[len(prompt) :], 2))
+        new = full[len(prompt) :]
+        expected.append(new[: new.index(2) + 1] if 2 in new else new)
     for batch_size in (1, 2, 3):
         assert generate_responses(policy, tokenizer, prompts, Decoding(8, temperature=0), batch_size, seed=0) == expected
 
@@ -93,19 +89,90 @@ def test_a_step_that_is_not_finite_stops_the_run():
         require_finite_step({**good, "ppo/loss/value": float("nan")}, 3)
 
 
-def test_the_policy_never_leaves_eval_mode_and_layers_checkpoint_only_with_gradients(tiny_model):
-    from accelerate import Accelerator
-    from transformers.modeling_layers import GradientCheckpointingLayer
+def test_a_sample_depends_on_seed_and_row_alone(policy):
+    """Not on the batch size, the order, or the other prompts."""
+    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14], [15, 16]]
+    tokenizer = type("", (), {"eos_token_id": 2})
+    expected = generate_responses(policy, tokenizer, prompts, Decoding(12), 5, seed=3)
+    for batch_size in (1, 2, 3):
+        assert generate_responses(policy, tokenizer, prompts, Decoding(12), batch_size, seed=3) == expected
+    some = [4, 1, 2]
+    found = generate_responses(policy, tokenizer, [prompts[row] for row in some], Decoding(12), 2, seed=3, rows=some)
+    assert found == [expected[row] for row in some]
+    assert len({tuple(response) for response in expected}) == 5
 
-    from run_ppo import PPOSettings, load_policy
 
-    policy = load_policy(PPOSettings(model_name=str(tiny_model), lora_dropout=0.5, gradient_checkpointing=True), Accelerator(cpu=True))
-    policy.train()
-    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
-    dropouts = [module for module in policy.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    assert len(layers) == 2 and len(dropouts) == 4 + 1  # LoRA on q and v in two layers, and the value head's
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            policy(input_ids=torch.tensor([[5, 6, 7]]))
-        assert [layer.training for layer in layers] == [grad, grad]
-        assert not any(module.training for module in dropouts)
+def test_rows_that_end_leave_the_batch(policy):
+    """With an end-of-sequence token that is drawn now and then, each row is as if it had been alone."""
+    prompts = [[number, number + 1] for number in range(20, 36)]
+    draws = row_draws(7, range(16), 24)
+    alone = [sample(policy, [prompt], Decoding(24), draws[row : row + 1], eos_token_id=-1)[0] for row, prompt in enumerate(prompts)]
+    eos = alone[3][5]
+    expected = [response[: response.index(eos) + 1] if eos in response else response for response in alone]
+    assert len({len(response) for response in expected}) > 2
+    sizes = []
+    handle = policy.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    assert sample(policy, prompts, Decoding(24), draws, eos_token_id=eos) == expected
+    handle.remove()
+    assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
+    draws = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999999], dtype=torch.float64)
+    assert Decoding(1).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 2, 2, 3, 3]
+    assert Decoding(1, top_k=2).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 0, 2, 2, 2]  # 0.625 and 0.375
+    assert Decoding(1, top_p=0.6).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 0, 2, 2, 2]
+    assert Decoding(1, temperature=0).choose(logits.expand(6, 4), draws).tolist() == [0] * 6
+    squared = Decoding(1, temperature=0.5).choose(logits.expand(6, 4), draws)  # 25, 9 and 4 of 38
+    assert squared.tolist() == [0, 0, 0, 2, 2, 3]
+
+
+def test_lora_is_merged_for_sampling_and_comes_out_untouched(tiny_model):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    ids = torch.tensor([[5, 6, 7]])
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        expected, calls = model(ids).logits, []
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+        for module in model.modules():
+            if type(module).__name__ == "ModuleDict" and "default" in module:
+                module["default"].register_forward_hook(lambda *args: calls.append(1))
+        with ready_to_sample(model, 1):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+            assert not calls
+        assert torch.equal(model(ids).logits, expected) and calls
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
+def test_linear_layers_through_onednn(monkeypatch):
+    """The same product, gradient and packed product as PyTorch's, whatever CPU this is."""
+    from cpu_linear import OneDNNLinear, use_onednn
+
+    monkeypatch.setattr("cpu_linear.onednn_is_faster", lambda: True)
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40).requires_grad_(False)
+    ours = torch.nn.Linear(24, 40).requires_grad_(False)
+    ours.load_state_dict(plain.state_dict())
+    assert type(use_onednn(torch.nn.Sequential(ours))[0]) is OneDNNLinear
+    x = torch.randn(3, 5, 24)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(ours(one), plain(other))
+    (ours(one) ** 2).sum().backward()
+    (plain(other) ** 2).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad)
+    ours.pack(plain.weight * 2, rows=3)
+    torch.testing.assert_close(ours(x), torch.nn.functional.linear(x, plain.weight * 2, plain.bias))
+    ours.unpack()
+    ours.weight.requires_grad_()  # a layer that is trained computes as ever
+    ours(x).sum().backward()
+    assert ours.weight.grad is not None

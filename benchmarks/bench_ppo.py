@@ -1,0 +1,111 @@
+"""PPO against stock TRL 0.9.6: `step` and `generate` on the same batch, in turn in one process.
+
+    python benchmarks/bench_ppo.py                 # SmolLM2-135M, 16 prompts of data/train.json, 64 new tokens, mini batch 2, 4 epochs
+    python benchmarks/bench_ppo.py --turns 3
+
+Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. Memory is what a call's peak adds to the
+process before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+from chat_templates import encode_prompts, load_template
+from cpu_linear import onednn_is_faster, use_onednn
+from generation import load_tokenizer
+from ppo_trainer import FastPPOTrainer
+from records import REPOSITORY
+
+MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
+BATCH, NEW_TOKENS = 16, 64
+
+
+def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).requires_grad_(False)
+    if cls is FastPPOTrainer:
+        use_onednn(model)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
+    config = PPOConfig(batch_size=BATCH, mini_batch_size=2, gradient_accumulation_steps=4, ppo_epochs=4, learning_rate=1e-5)
+    return cls(config, policy, ref_model=None, tokenizer=load_tokenizer(MODEL))
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float, object]:
+    """Seconds, peak memory added in MB, and the result."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, memory("VmHWM") - before, result
+
+
+def memory(field: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=2)
+    words = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tokenizer = load_tokenizer(MODEL)
+    template = load_template("tokenizer", tokenizer)
+    rows = json.loads((REPOSITORY / "data" / "train.json").read_text(encoding="utf-8"))[:BATCH]
+    queries = [torch.tensor(ids) for ids in encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])]
+    trainers = {
+        "stock": make_trainer(PPOTrainer),
+        "fp32": make_trainer(FastPPOTrainer),
+        "bf16": make_trainer(FastPPOTrainer, torch.bfloat16),
+    }
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {"generate": {}, "step": {}}
+    responses = None
+    for turn in range(words.turns):
+        for name, trainer in trainers.items():
+            stock = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} if name == "stock" else {}
+            options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0, "top_p": 1.0, **stock}
+            torch.manual_seed(turn)
+            seconds, peak, drawn = measured(lambda: trainer.generate(queries, batch_size=BATCH, return_prompt=False, **options))  # noqa: B023
+            times["generate"].setdefault(name, []).append((sum(map(len, drawn)) / seconds, peak))
+            responses = responses or drawn  # every trainer learns from the first one's
+            np.random.seed(turn)
+            scores = [torch.tensor(float(len(response)) / 100) for response in responses]
+            seconds, peak, _ = measured(lambda: trainer.step(queries, responses, scores))  # noqa: B023
+            times["step"].setdefault(name, []).append((1 / seconds, peak))
+            print(f"  turn {turn + 1} {name}: generate {times['generate'][name][-1][0]:.0f} tokens/s, step {seconds:.1f} s, "
+                  f"peak +{peak:.0f} MB", flush=True)  # fmt: skip
+    tokens = [len(query) + len(response) for query, response in zip(queries, responses)]
+    print(f"sequences of {min(tokens)} to {max(tokens)} tokens, mean {statistics.fmean(tokens):.0f}; "
+          f"{torch.get_num_threads()} threads; oneDNN for fp32: {onednn_is_faster()}")  # fmt: skip
+    for part, found in times.items():
+        for name in ("fp32", "bf16"):
+            speeds = [ours / theirs for (ours, _), (theirs, _) in zip(found[name], found["stock"])]
+            print(f"{part}, {name}: {statistics.median(speeds):.2f} times as fast as stock ({min(speeds):.2f} to {max(speeds):.2f})")
+    for name in ("fp32", "bf16"):
+        peaks = [ours / theirs for (_, ours), (_, theirs) in zip(times["step"][name], times["step"]["stock"])]
+        print(f"step, {name}: peak extra memory {statistics.median(peaks):.2f} of stock's ({min(peaks):.2f} to {max(peaks):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Checkpoints of a PPO run: a PEFT adapter that anyone can load, and beside it all that the run needs to go on bit for bit.
+
+A checkpoint folder holds
+
+    adapter_model.safetensors, adapter_config.json, README.md    the adapter (`PeftModel.from_pretrained`) and its card
+    value_head.safetensors                                       the value head
+    training_record.json                                         settings, seed, commit, package versions, reward design
+    development_rollouts.json                                    responses to the development prompts, with their scores
+    trainer_state_rank<r>.safetensors                            of each process: optimizer, schedule, KL coefficient, moments, generators
+
+It is written beside its place and renamed into it, so that a folder of that name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from records import InputError, atomic_path, read_json, write_json
+
+if TYPE_CHECKING:
+    from ppo_trainer import FastPPOTrainer
+    from run_ppo import PPOSettings
+
+RECORD = "training_record.json"
+# Settings that a resumed run may change: they do not reach its numbers.
+HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
+            "output_dir", "logging_dir", "exp_name", "embedding_cache"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- finding
+
+
+def checkpoints_of(output_dir: str) -> list[Path]:
+    """The run's finished checkpoints <output_dir>_step_<k>, by step."""
+    output = Path(output_dir)
+    found = [path for path in output.parent.glob(f"{output.name}_step_*") if (path / RECORD).is_file()]
+    return sorted(found, key=lambda path: read_json(path / RECORD)["step"])
+
+
+def interrupted(output_dir: str) -> Path:
+    """Where a run that was asked to stop between two checkpoints keeps its state."""
+    return Path(f"{output_dir}_interrupted")
+
+
+def find_resumable(output_dir: str, which: str) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means: "auto" is the latest of this run, None where there is none yet.
+
+    Raises:
+        InputError: a path without a trainer's state in it.
+    """
+    if which != "auto":
+        if not (Path(which) / "trainer_state_rank0.safetensors").is_file():
+            raise InputError(
+                f"--resume_from_checkpoint: {which} holds no trainer_state_rank0.safetensors, expected a checkpoint of this run"
+            )
+        return Path(which)
+    candidates = [*checkpoints_of(output_dir), interrupted(output_dir)]
+    candidates = [path for path in candidates if (path / "trainer_state_rank0.safetensors").is_file()]
+    return max(candidates, key=lambda path: read_json(path / RECORD)["step"], default=None)
+
+
+def check_settings(folder: Path, settings: PPOSettings, processes: int) -> None:
+    """Raises InputError naming the settings that are not those of the run that `folder` is of, unless they may change."""
+    record = read_json(folder / RECORD)
+    if record["processes"] != processes:
+        raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to go on, found {processes}")
+    changed = [
+        f"{name} was {record['settings'].get(name)!r} and is {value!r}"
+        for name, value in asdict(settings).items()
+        if name not in HARMLESS and record["settings"].get(name) != value
+    ]
+    if changed and not settings.allow_changed_settings:
+        raise InputError(f"{folder}: {'; '.join(changed)} (--allow_changed_settings=true goes on all the same)")
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: list[dict] | None) -> None:
+    """Write a checkpoint folder; every process calls this, the main process writes.
+
+    Raises:
+        OSError: it cannot be written (a full disk ...); what was there before is still there.
+    """
+    from accelerate.utils import gather_object
+
+    states = gather_object([_state(trainer)])
+    error = None
+    if trainer.accelerator.is_main_process:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        try:
+            with atomic_path(folder) as temporary:
+                policy.pretrained_model.save_pretrained(temporary)
+                (temporary / "README.md").write_text(_card(record), encoding="utf-8")
+                head = {name: weight.contiguous() for name, weight in policy.v_head.state_dict().items()}
+                save_file(head, temporary / "value_head.safetensors")
+                for rank, (tensors, facts) in enumerate(states):
+                    save_file(tensors, temporary / f"trainer_state_rank{rank}.safetensors", metadata={"facts": json.dumps(facts)})
+                write_json(temporary / RECORD, record)
+                if dev_rows is not None:
+                    write_json(temporary / "development_rollouts.json", dev_rows)
+        except (OSError, SafetensorError) as caught:
+            error = f"{folder} could not be written ({caught}); earlier checkpoints are untouched"
+    (error,) = gather_object([error])[:1]
+    if error:
+        raise OSError(error)
+
+
+def prune(output_dir: str, limit: int) -> None:
+    """Remove the oldest checkpoints beyond the newest `limit`, but never the start; 0 keeps all."""
+    if limit:
+        for path in [path for path in checkpoints_of(output_dir) if read_json(path / RECORD)["step"] > 0][:-limit]:
+            shutil.rmtree(path)
+
+
+def _card(record: dict) -> str:
+    settings = record["settings"]
+    if settings["reward_function"]:
+        design = f"the function `{settings['reward_function']}`"
+    elif settings["reward_model_name"]:
+        design = f"the reward model `{settings['reward_model_name']}`"
+    else:
+        switches = ("length_incentive", "length_target", "repetition_penalty", "relevance_scaling", "reward_branching", "rouge_l", "bleu")
+        on = ", ".join(f"{name}={settings[name]}" for name in switches if settings[name])
+        design = f"the white-box proxy reward with {on}" + (
+            f", relevance by `{settings['relevance_model_name']}`" if settings["relevance_scaling"] else ""
+        )
+    development = "".join(f"| {name.removeprefix('dev/')} | {value:.4f} |\n" for name, value in record.get("development", {}).items())
+    listed = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
+    return (
+        f"---\nbase_model: {json.dumps(settings['model_name'])}\nlibrary_name: peft\ntags: [ppo, lora, rlhf]\n---\n\n"
+        f"# {settings['exp_name']}, step {record['step']}\n\n"
+        f"A LoRA adapter for `{settings['model_name']}`, trained with PPO against {design}. Training prompts: `{settings['dataset_path']}`; "
+        f"chat template: `{settings['chat_template_name']}`; commit {record['commit']}.\n\n"
+        + (f"Development prompts (`{settings['dev_prompt_path']}`), mean scores:\n\n| score | mean |\n|---|---|\n{development}\n" if development else "")
+        + f"| setting | value |\n|---|---|\n{listed}"
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def _optimizer(trainer: FastPPOTrainer) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """The optimiser that holds this process's moments, and the fp32 masters that DeepSpeed keeps besides (none elsewhere)."""
+    optimizer = trainer.optimizer.optimizer
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    return (optimizer, []) if masters is None else (optimizer.optimizer, masters)
+
+
+def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:
+    """All of this process's state but for the weights: tensors by name, and what JSON can hold."""
+    optimizer, masters = _optimizer(trainer)
+    tensors = {"torch_generator": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_generator"] = torch.cuda.get_rng_state()
+    for number, weight in enumerate(_weights(optimizer)):
+        for name, value in optimizer.state.get(weight, {}).items():
+            tensors[f"optimizer/{number}/{name}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+    for number, master in enumerate(masters):
+        tensors[f"master/{number}"] = master.detach().cpu().clone().contiguous()
+    running = {}
+    for name in ("mean", "std", "var", "count"):
+        value = getattr(trainer.running, name)
+        if isinstance(value, torch.Tensor):
+            tensors[f"running/{name}"] = value.detach().cpu().clone().reshape(())
+        else:
+            running[name] = float(value)
+    kind, keys, *rest = np.random.get_state()
+    facts = {
+        "kl_coef": float(trainer.kl_ctl.value),
+        "running": running,
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "schedule": trainer.lr_scheduler.scheduler.state_dict() if trainer.lr_scheduler is not None else None,
+        "numpy_generator": [kind, keys.tolist(), *rest],
+        "python_generator": random.getstate(),
+    }
+    return tensors, facts
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def load(trainer: FastPPOTrainer, folder: Path) -> dict:
+    """Bring a new trainer to where `folder` was written, and return that checkpoint's record.
+
+    Raises:
+        InputError: a file of it is missing or broken.
+    """
+    from peft import set_peft_model_state_dict
+
+    accelerator = trainer.accelerator
+    path = folder / f"trainer_state_rank{accelerator.process_index}.safetensors"
+    try:
+        adapter, head = load_file(folder / "adapter_model.safetensors"), load_file(folder / "value_head.safetensors")
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be resumed from ({error})") from None
+    policy = accelerator.unwrap_model(trainer.model)
+    set_peft_model_state_dict(policy.pretrained_model, adapter)
+    policy.v_head.load_state_dict(head)
+
+    optimizer, masters = _optimizer(trainer)
+    for number, master in enumerate(masters):
+        master.data.copy_(tensors[f"master/{number}"])
+    for number, weight in enumerate(_weights(optimizer)):
+        prefix = f"optimizer/{number}/"
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if found:
+            optimizer.state[weight] = {name: value if value.dim() == 0 else value.to(weight.device) for name, value in found.items()}
+    for group, rate in zip(optimizer.param_groups, facts["learning_rates"]):
+        group["lr"] = rate
+    if trainer.lr_scheduler is not None:
+        trainer.lr_scheduler.scheduler.load_state_dict(facts["schedule"])
+    trainer.kl_ctl.value = facts["kl_coef"]
+    for name in ("mean", "std", "var", "count"):
+        value = tensors[f"running/{name}"].to(accelerator.device) if f"running/{name}" in tensors else facts["running"][name]
+        setattr(trainer.running, name, value)
+
+    torch.set_rng_state(tensors["torch_generator"])
+    if "cuda_generator" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_generator"])
+    kind, keys, *rest = facts["numpy_generator"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss = facts["python_generator"]
+    random.setstate((version, tuple(numbers), gauss))
+    record = read_json(folder / RECORD)
+    trainer.current_step = record["step"]  # the tracker's
+    return record

@@ -1,0 +1,148 @@
+"""A run that is killed, stopped or starved of disk goes on to the very numbers of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, ROWS, run_script
+from safetensors.torch import load_file
+from test_pipeline import metrics, ppo_words
+
+from records import read_json
+
+MINILM = REPOSITORY / "models" / "all-MiniLM-L6-v2"
+
+
+def words(model: Path, rows: Path, output: Path, **more: object) -> list[str]:
+    """Every kind of state at once: schedule, adaptive KL, running moments, relevance; a step of some tenths of a second."""
+    settings = {"overall_steps": 6, "save_freq": 2, "ppo_epochs": 6, "use_optimizer_setup": "true", "warmup_ratio": 0.5,
+                "adap_kl_target": 0.1, "adap_kl_horizon": 50, "relevance_scaling": "true", "reward_branching": "true",
+                "relevance_model_name": MINILM, "resume_from_checkpoint": "auto", **more}  # fmt: skip
+    return ppo_words(model, rows, output, **settings)
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for_steps(process: subprocess.Popen, output: Path, steps: int) -> None:
+    log = output / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not log.is_file() or log.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def without_times(output: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics(output)]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in ("adapter_model.safetensors", "value_head.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def left_alone(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    done = run_script(*words(tiny_model, folder / "rows.json", folder / "tiny"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tmp_path):
+    command = words(tiny_model, left_alone / "rows.json", tmp_path / "tiny")
+    moments = random.Random(0)
+    for steps in (1, 2, 4):  # before a checkpoint, about when one is written, after the next
+        process = start(command)
+        wait_for_steps(process, tmp_path / "tiny", steps)
+        time.sleep(moments.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(command)
+    wait_for_steps(process, tmp_path / "tiny", 5)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    if "step 6: development" not in said:  # it may have been in its last step already
+        assert "stopped after step 5; the same command with --resume_from_checkpoint=auto goes on from" in said
+        assert read_json(tmp_path / "tiny_interrupted" / "training_record.json")["step"] == 5
+        done = run_script(*command)
+        assert done.returncode == 0, done.stderr
+        assert "resumed from" in done.stdout and "at step 5" in done.stdout
+    assert not (tmp_path / "tiny_interrupted").exists()
+    assert without_times(tmp_path / "tiny") == without_times(left_alone / "tiny")
+    for step in (0, 2, 4, 6):
+        name = f"tiny_step_{step}"
+        assert same_weights(tmp_path / name, left_alone / name)
+        rollouts = [(folder / name / "development_rollouts.json").read_text(encoding="utf-8") for folder in (tmp_path, left_alone)]
+        assert rollouts[0] == rollouts[1]
+
+
+def test_a_checkpoint_says_what_it_is(left_alone, tiny_model):
+    card = (left_alone / "tiny_step_4" / "README.md").read_text(encoding="utf-8")
+    assert "# tiny, step 4" in card and f'base_model: "{tiny_model}"' in card
+    assert "length_incentive=True, repetition_penalty=True, relevance_scaling=True, reward_branching=True" in card
+    assert "| ppo_epochs | `6` |" in card
+    state = load_file(left_alone / "tiny_step_4" / "trainer_state_rank0.safetensors")
+    assert len([name for name in state if name.endswith("/exp_avg")]) == 10  # eight LoRA matrices and the value head's two
+    assert set(state) >= {"torch_generator", "running/mean", "running/std", "optimizer/0/step"}
+
+
+def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_model, tmp_path):
+    for name in ("tiny_step_0", "tiny_step_2"):
+        shutil.copytree(left_alone / name, tmp_path / name)
+    shutil.copytree(left_alone / "tiny", tmp_path / "tiny")
+    rows = left_alone / "rows.json"
+    other = run_script(*words(tiny_model, rows, tmp_path / "tiny", learning_rate="2e-3"))
+    assert other.returncode == 2
+    assert "learning_rate was 0.001 and is 0.002" in other.stderr and "--allow_changed_settings=true" in other.stderr
+    fresh = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=""))
+    assert fresh.returncode == 2 and "tiny_step_0: exists already" in fresh.stderr and "--resume_from_checkpoint=auto" in fresh.stderr
+    nowhere = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path))
+    assert nowhere.returncode == 2 and "holds no trainer_state_rank0.safetensors" in nowhere.stderr
+    later = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path / "tiny_step_0"))
+    assert later.returncode == 2 and "tiny_step_2: exists already" in later.stderr
+    (tmp_path / "tiny_step_2" / "value_head.safetensors").write_bytes(b"cut short")
+    broken = run_script(*words(tiny_model, rows, tmp_path / "tiny", allow_changed_settings="true"))
+    assert broken.returncode == 2 and "tiny_step_2: cannot be resumed from" in broken.stderr
+
+
+def test_old_checkpoints_make_room(tiny_model, left_alone, tmp_path):
+    done = run_script(*words(tiny_model, left_alone / "rows.json", tmp_path / "tiny", save_freq=1, save_total_limit=2, ppo_epochs=1))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("tiny_step_*")) == ["tiny_step_0", "tiny_step_5", "tiny_step_6"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_model, left_alone, tmp_path):
+    """Files may not grow beyond some kilobytes from here on: the state of the next checkpoint cannot be written."""
+    for name in ("tiny_step_0", "tiny_step_2", "tiny"):
+        shutil.copytree(left_alone / name, tmp_path / name)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = words(tiny_model, left_alone / "rows.json", tmp_path / "tiny", allow_changed_settings="true")
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000)),  # noqa: PLW1509
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "tiny_step_4 could not be written" in line and "earlier checkpoints are untouched" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny_step_0", "tiny_step_2"]
