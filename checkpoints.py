@@ -13,6 +13,7 @@ It is written beside its place and renamed into it, so that a folder of that nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -98,6 +99,9 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
     error = None
     if trainer.accelerator.is_main_process:
         policy = trainer.accelerator.unwrap_model(trainer.model)
+        digests = {facts["weights"] for _, facts in states}
+        if len(digests) > 1:
+            raise RuntimeError(f"the weights of the {len(states)} processes differ: they no longer train one model")
         try:
             with atomic_path(folder) as temporary:
                 policy.pretrained_model.save_pretrained(temporary)
@@ -175,8 +179,12 @@ def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:
             tensors[f"running/{name}"] = value.detach().cpu().clone().reshape(())
         else:
             running[name] = float(value)
+    digest = hashlib.sha256()
+    for weight in trainer.model_params:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
     kind, keys, *rest = np.random.get_state()
     facts = {
+        "weights": digest.hexdigest(),
         "kl_coef": float(trainer.kl_ctl.value),
         "running": running,
         "learning_rates": [group["lr"] for group in optimizer.param_groups],

@@ -195,7 +195,9 @@ class FastPPOTrainer(PPOTrainer):
     def __init__(self, config, model, *args, **kwargs):
         _teach_to_predict(model)
         checkpoint_in_eval_mode(model)
-        super().__init__(config, model, *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
+            super().__init__(config, model, *args, **kwargs)
         self.model_params = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         if self.ref_model is not None:

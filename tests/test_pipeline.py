@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from conftest import REPOSITORY, ROWS, run_script
 
 from records import read_json, run_main
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
@@ -180,35 +178,6 @@ def test_gradient_checkpointing_changes_no_number(tiny_model, rows_file, tmp_pat
         assert done.returncode == 0, done.stderr
         logs.append([{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics(output)])
     assert logs[0] == logs[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.parametrize("launch", ["torchrun", "deepspeed"])
-def test_two_processes(tiny_model, rows_file, tmp_path, launch):
-    """Data is sharded, every rank ends, and rank 0 alone writes."""
-    launcher = TORCHRUN
-    if launch == "deepspeed":
-        config = tmp_path / "zero2-cpu.yaml"
-        config.write_text(
-            "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nmixed_precision: bf16\n"
-            "deepspeed_config: {zero_stage: 2, zero3_init_flag: false}\nnum_machines: 1\nnum_processes: 2\nmachine_rank: 0\n"
-            f"main_process_ip: 127.0.0.1\nmain_process_port: {free_port()}\nrdzv_backend: static\n",
-            encoding="utf-8",
-        )
-        launcher = (*ACCELERATE, "--config_file", str(config))
-    done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny", batch_size=2, mini_batch_size=1), launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = read_json(tmp_path / "tiny_step_3" / "training_record.json")
-    assert record["processes"] == 2
-    assert record["dtype"] == ("bfloat16" if launch == "deepspeed" else "float32")
-    rows = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
-    assert [row["row"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in metrics(tmp_path / "tiny")] == [1, 2, 3]
 
 
 def run_inside(words: list[object], monkeypatch, capsys) -> tuple[int, str]:

@@ -1,0 +1,98 @@
+"""Two real processes, by every launcher that works on a CPU: one run, one writer, and the same numbers after an interruption."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROWS, run_script
+from safetensors.torch import load_file
+from test_pipeline import metrics, ppo_words
+
+from records import read_json
+
+REWARD = '''
+import json, os, pathlib
+
+def mine(prompts, completions, **columns):
+    """Length; and which process was asked about which prompts."""
+    with open(pathlib.Path(__file__).parent / f"asked_{os.getpid()}.txt", "a") as log:
+        log.write(json.dumps(prompts) + "\\n")
+    return [len(text) / 10 for text in completions]
+'''
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(name: str) -> tuple[str, ...]:
+    if name == "torchrun":
+        return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/{name}.yaml",
+            "--main_process_port", str(free_port()))  # fmt: skip
+
+
+def state_facts(folder: Path, rank: int) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(folder / f"trainer_state_rank{rank}.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "ddp-cpu", "zero2-bf16-cpu"])
+def test_two_processes(tiny_model, tmp_path, launch):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS), encoding="utf-8")
+    (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
+    settings = {"overall_steps": 3, "save_freq": 2, "batch_size": 2, "mini_batch_size": 1, "reward_function": f"{tmp_path}/reward.py:mine"}
+    words = ppo_words(tiny_model, rows, tmp_path / "tiny", **settings)
+    done = run_script(*words, launcher=launcher(launch))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    # Three steps of 2 x 2 prompts are two epochs over six rows, each process with its own share.
+    asked = [path.read_text(encoding="utf-8").splitlines() for path in tmp_path.glob("asked_*.txt")]
+    steps = [[batch for batch in map(json.loads, lines) if len(batch) == 2] for lines in asked]  # development shares are of three rows
+    assert [len(batches) for batches in steps] == [3, 3]
+    assert set(collections.Counter(prompt for batches in steps for batch in batches for prompt in batch).values()) == {2}
+    assert all(not set(one) & set(other) for one, other in list(zip(*steps))[:1])
+
+    record = read_json(tmp_path / "tiny_step_3" / "training_record.json")
+    assert record["processes"] == 2
+    assert record["dtype"] == ("bfloat16" if launch == "zero2-bf16-cpu" else "float32")
+    dev = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
+    assert [row["row"] for row in dev] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(tmp_path / "tiny")] == [1, 2, 3]  # one writer
+    facts = [state_facts(tmp_path / "tiny_step_3", rank) for rank in (0, 1)]
+    for name in ("kl_coef", "running", "weights"):
+        assert facts[0][name] == facts[1][name]
+    states = [load_file(tmp_path / "tiny_step_3" / f"trainer_state_rank{rank}.safetensors") for rank in (0, 1)]
+    moments = [sum(tensor.numel() for name, tensor in state.items() if name.endswith("exp_avg")) for state in states]
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_3" / "adapter_model.safetensors").values()) + 33
+    if launch == "zero2-bf16-cpu":  # each process has half of them, up to padding
+        assert sum(moments) < trained + 64 and max(moments) <= trained / 2 + 32
+    else:
+        assert moments == [trained, trained]
+
+    # From the checkpoint of step 2, elsewhere: the same end.
+    for name in ("tiny_step_0", "tiny_step_2"):
+        shutil.copytree(tmp_path / name, tmp_path / "again" / name)
+    shutil.copytree(tmp_path / "tiny", tmp_path / "again" / "tiny")
+    words = ppo_words(tiny_model, rows, tmp_path / "again" / "tiny", **settings, resume_from_checkpoint="auto")
+    done = run_script(*words, launcher=launcher(launch))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at step 2" in done.stdout
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "again" / "tiny_step_3" / name).read_bytes() == (tmp_path / "tiny_step_3" / name).read_bytes()
+    ends = [{name: value for name, value in metrics(folder / "tiny")[-1].items() if not name.startswith("time/")}
+            for folder in (tmp_path, tmp_path / "again")]  # fmt: skip
+    assert ends[0] == ends[1]
+    alone = run_script(*words, "--resume_from_checkpoint", tmp_path / "tiny_step_2")
+    assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
