@@ -41,3 +41,5 @@ test-adapters: setup .venv-adapters/installed
 
 bench: setup
 	$(BIN)/python benchmarks/bench_reward.py
+	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_ppo.py

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from records import (
@@ -33,7 +33,7 @@ from records import (
     run_main,
     write_json,
 )
-from reward_model import RewardSettings, reward_batch
+from reward_model import RewardSettings, proxy_of_run, reward_batch
 from settings import parse_settings, setting
 
 
@@ -110,16 +110,6 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
             if row["instruction"] != other["instruction"]:
                 raise InputError(f"{rollouts_path(checkpoint.folder)}: row {number}: another instruction than at step {first.step}")
     return checkpoints
-
-
-def proxy_settings(checkpoint: Checkpoint, batch_size: int) -> RewardSettings:
-    """The proxy of the run, from its record; the paper's full design where there is none, or no proxy in it."""
-    trained = {field.name: checkpoint.trained[field.name] for field in fields(RewardSettings) if field.name in checkpoint.trained}
-    if trained.get("reward_model_name"):
-        print("trained against a reward model: judged by the full proxy design")
-        trained = {"relevance_model_name": trained["relevance_model_name"]}
-    full = {"repetition_penalty": True, "relevance_scaling": True, "reward_branching": True}
-    return RewardSettings(**{**full, **trained, "reward_model_batch_size": batch_size})
 
 
 def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
@@ -219,8 +209,8 @@ def main() -> None:
     # 1. Everything a user can get wrong, before any model loads.
     checkpoints = find_checkpoints(settings)
     steps = [checkpoint.step for checkpoint in checkpoints]
-    proxy_of_run = proxy_settings(checkpoints[-1], settings.batch_size)
-    references = read_references(settings, checkpoints, proxy_of_run)
+    proxy = proxy_of_run(checkpoints[-1].trained, settings.batch_size)
+    references = read_references(settings, checkpoints, proxy)
 
     from scipy.stats import spearmanr
     from tqdm import tqdm
@@ -233,8 +223,8 @@ def main() -> None:
         gold_means = read_gold_scores(settings.gold_scores, steps)
     else:
         check_model_name(settings.gold_model)
-    proxy_of_run.check_reward()
-    warn_of_changed_code(checkpoints[-1], proxy_of_run)
+    proxy.check_reward()
+    warn_of_changed_code(checkpoints[-1], proxy)
     trained = checkpoints[-1].trained
     template_name = trained.get("chat_template_name", "alpaca")
     own = template_name == TOKENIZER_OWN
@@ -242,9 +232,9 @@ def main() -> None:
 
     # 2. Proxy.
     device = settings.device or None
-    reward = proxy_of_run.load_reward(template, trained.get("output_max_length", 512), device)
-    proxy = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
-    proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy.items()}
+    reward = proxy.load_reward(template, trained.get("output_max_length", 512), device)
+    proxy_scores = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
+    proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy_scores.items()}
     require_variety("proxy", proxy_means)
 
     # 3. Gold.
@@ -269,7 +259,7 @@ def main() -> None:
     for step in steps:
         print(f"{step:>8} {proxy_means[step]:>10.4f} {gold_means[step]:>10.4f} {rows:>6}")
     gains = {}
-    for name, scores in (("proxy", proxy), ("gold", gold)):
+    for name, scores in (("proxy", proxy_scores), ("gold", gold)):
         if scores and rows > 1:
             mean, error = paired_difference(scores[steps[0]], scores[steps[-1]])
             gains[name] = {"difference": mean, "standard_error": error}
@@ -286,11 +276,11 @@ def main() -> None:
         template=template.name,
         decoding=checkpoints[0].meta.get("decoding"),
         seed=checkpoints[0].meta.get("seed"),
-        proxy=asdict(proxy_of_run),
+        proxy=asdict(proxy),
     )
     curve = [{"step": step, "proxy": proxy_means[step], "gold": gold_means[step]} for step in steps]
     spearman = {"statistic": float(result.statistic), "pvalue": float(result.pvalue), "n": len(steps)}
-    content = {"spearman": spearman, "curve": curve, "gains": gains, "per_row": {"proxy": proxy, "gold": gold}, "provenance": record}
+    content = {"spearman": spearman, "curve": curve, "gains": gains, "per_row": {"proxy": proxy_scores, "gold": gold}, "provenance": record}
     write_json(folder / "monotonicity.json", content)
     title = f"{settings.model_prefix}: SpearmanR {result.statistic:.2f} over {len(steps)} checkpoints"
     draw(folder / "monotonicity.png", steps, proxy_curve, gold_curve, title, json.dumps(record))

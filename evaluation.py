@@ -1,157 +1,441 @@
-"""Rollouts of a checkpoint on the evaluation instructions, in AlpacaEval's format.
+"""Rollouts of checkpoints: AlpacaEval's instructions, and Super-NaturalInstructions for the alignment tax.
 
     python evaluation.py --base_model_name=$MODEL_NAME --peft_model_name=outputs/full_step_500 --batch_size=16 --evaluations alpaca
+    python evaluation.py --base_model_name=$MODEL_NAME --peft_model_name 'outputs/full_step_*' --evaluations alpaca superni
+    accelerate launch --num_processes 4 evaluation.py ...      # rows shared out over four GPUs
+    python evaluation.py ... --engine vllm                     # in an environment made with requirements-vllm.txt
 
-One response is sampled per instruction (temperature 0.7, 512 new tokens) from the base model with the checkpoint's LoRA merged.
-Output: <checkpoint>/alpaca-eval-<checkpoint name>.json, a list of {dataset, instruction, output, generator, qtype}, and beside it
-<same name>.meta.json, which records how it was made.
+One response a row is drawn from the base model with a checkpoint's LoRA, as configs/decoding.yaml says. Output in each checkpoint's folder:
+
+    alpaca-eval-<name>.json      a list of {dataset, instruction, output, generator, qtype}
+    superni-<name>.json          a list of {task, id, prediction, references, rouge_l, rouge_l_first, exact_match}
+    <the same>.meta.json         how it was made, and SuperNI's summary
+
+A file is there when it is whole. Interrupted at any row, the same command goes on from what lies in <file>.partial.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 import os
+import shutil
+import statistics
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, check_model_name, loading, match_rows, provenance, read_json, read_rows, rollouts_path, run_main, write_json
+import yaml
+
+from records import (
+    QTYPES,
+    REPOSITORY,
+    InputError,
+    check_model_name,
+    file_digest,
+    match_rows,
+    provenance,
+    read_json,
+    read_rows,
+    read_text,
+    rollouts_path,
+    run_main,
+    write_json,
+)
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
     from chat_templates import ChatTemplate
+    from generation import Decoding, HFEngine, VLLMEngine
+    from superni import Instance
+
+EVALUATIONS = ("alpaca", "superni")
+SUPERNI_PROMPT_TOKENS = 512
 
 
 @dataclass
 class EvaluationSettings:
-    base_model_name: str = setting("", "the model that the checkpoint was trained from: hub name or folder")
-    peft_model_name: str = setting("", "checkpoint folder <output_dir>_step_<k>, or any PEFT adapter folder")
+    base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder")
+    peft_model_name: list[str] = setting([], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them")
     cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
-    baseline_model_file: str = setting("", "another model's outputs on the same instructions, to compare with; may be empty")
+    engine: str = setting("hf", "what generates: hf (transformers) or vllm")
+    baseline_model_file: str = setting("", "another model's outputs on the same instructions, to compare with row by row; may be empty")
     batch_size: int = setting(16, "prompts per generation batch")
-    evaluations: list[str] = setting(["alpaca"], "what to run: alpaca")
+    evaluations: list[str] = setting(["alpaca"], "what to run: alpaca, superni")
     data_path: str = setting("data/alpaca_eval.json", "instructions in the AlpacaEval schema")
+    superni_dir: str = setting("data/natural-instructions", "clone of allenai/natural-instructions")
+    superni_tasks: list[str] = setting([], "task names; by default the test tasks of the default track")
+    superni_instances: int = setting(100, "instances per task, the first ones")
     chat_template_name: str = setting("", "prompt template; empty means the one the checkpoint was trained with")
-    max_new_tokens: int = setting(512, "longest response in tokens")
-    temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
-    top_p: float = setting(1.0, "nucleus sampling")
+    decoding: str = setting(str(REPOSITORY / "configs" / "decoding.yaml"), "decoding settings by evaluation")
+    max_new_tokens: int = setting(0, "longest response in tokens; 0 means what the decoding file says")
+    temperature: float = setting(-1.0, "sampling temperature, 0 is greedy; below 0 means what the decoding file says")
+    top_p: float = setting(0.0, "nucleus sampling; 0 means what the decoding file says")
     seed: int = setting(42, "seed of the draws")
-    overwrite: bool = setting(False, "replace the rollouts of an earlier run")
+    overwrite: bool = setting(False, "replace the files of an earlier run")
 
     def __post_init__(self) -> None:
         for name in ("base_model_name", "peft_model_name"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
-        for name in ("batch_size", "max_new_tokens"):
+        for name in ("batch_size", "superni_instances"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        if self.temperature < 0:
-            raise InputError(f"--temperature is {self.temperature}, expected 0 or more")
-        unknown = [name for name in self.evaluations if name not in RUNNERS]
+        if self.max_new_tokens < 0 or not 0 <= self.top_p <= 1:
+            raise InputError("--max_new_tokens and --top_p cannot be negative, and --top_p is at most 1")
+        if self.engine not in ("hf", "vllm"):
+            raise InputError(f"--engine is {self.engine!r}, expected hf or vllm")
+        unknown = [name for name in self.evaluations if name not in EVALUATIONS]
         if unknown:
-            raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(RUNNERS)}")
+            raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(EVALUATIONS)}")
 
 
-def load_merged(base: str, adapter: str, device: str, cache_dir: str | None) -> PreTrainedModel:
-    """The base model with the adapter merged into it, in bf16 on a GPU and fp32 on a CPU."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def find_adapters(patterns: Sequence[str]) -> list[Path]:
+    """The adapter folders that names and patterns stand for, each once, in order (of steps, within a pattern).
 
-    from cpu_linear import use_onednn
-
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with loading(base, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
-    return use_onednn(PeftModel.from_pretrained(model, adapter).merge_and_unload().to(device).eval().requires_grad_(False))
-
-
-def compare_with_baseline(rows: list[dict], baseline: list[dict], template: ChatTemplate) -> dict[str, float]:
-    """Mean length incentive and repetition penalty of both, and the share of rows on which LI * RP is higher than the baseline's."""
-    from reward_model import ReversedEngineeredRewardForInference
-
-    reward = ReversedEngineeredRewardForInference(template, repetition_penalty=True)
-    ours, theirs = (reward.score({"response": [row["output"] for row in each]}) for each in (rows, baseline))
-    count = len(rows)
-    return {
-        "length": sum(ours["length"]) / count,
-        "baseline length": sum(theirs["length"]) / count,
-        "repetition": sum(ours["repetition"]) / count,
-        "baseline repetition": sum(theirs["repetition"]) / count,
-        "LI*RP above baseline": sum(mine > other for mine, other in zip(ours["total"], theirs["total"])) / count,
-    }
+    Raises:
+        InputError: a name that is no adapter folder, or a pattern that matches none.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        paths = [Path(pattern)]
+        if glob.has_magic(pattern):
+            paths = [Path(path) for path in glob.glob(pattern)]  # noqa: PTH207 - absolute patterns too
+            paths = [path for path in paths if (path / "adapter_config.json").is_file()]
+            paths.sort(key=lambda path: [int(part) if part.isdigit() else part for part in path.name.split("_")])
+            if not paths:
+                raise InputError(f"{pattern}: matches no checkpoint folder")
+        for path in paths:
+            if not (path / "adapter_config.json").is_file():
+                raise InputError(f"{path}: no adapter_config.json, expected a checkpoint folder")
+            if path not in found:
+                found.append(path)
+    return found
 
 
-def run_alpaca(settings: EvaluationSettings) -> None:
-    """One sampled response per instruction, written in AlpacaEval's format."""
-    # 1. Everything a user can get wrong, before any model loads.
-    checkpoint, target = Path(settings.peft_model_name), rollouts_path(settings.peft_model_name)
-    if not (checkpoint / "adapter_config.json").is_file():
-        raise InputError(f"{checkpoint}: no adapter_config.json, expected a checkpoint folder")
-    if target.exists() and not settings.overwrite:
-        raise InputError(f"{target}: exists already (--overwrite=true replaces it)")
-    data = read_rows(settings.data_path, {"instruction": None})
-    instructions = [row["instruction"] for row in data]
-    baseline = None
-    if settings.baseline_model_file:
-        baseline = match_rows(settings.baseline_model_file, instructions, {"output": None}, settings.data_path)
+def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
+    """The decoding settings of an evaluation: the file's, and what the command line overrides."""
+    from generation import Decoding
 
-    from chat_templates import encode_prompts, load_template
-    from generation import Decoding, generate_responses, load_tokenizer
+    try:
+        table = yaml.safe_load(read_text(settings.decoding))
+        values = dict(table[evaluation])
+        values |= {"max_new_tokens": settings.max_new_tokens} if settings.max_new_tokens else {}
+        values |= {"temperature": settings.temperature} if settings.temperature >= 0 else {}
+        values |= {"top_p": settings.top_p} if settings.top_p else {}
+        return Decoding(**values)
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise InputError(f"{settings.decoding}: expected decoding settings under '{evaluation}' ({message})") from None
 
-    check_model_name(settings.base_model_name)
-    record_path = checkpoint / "training_record.json"
-    trained = read_json(record_path)["settings"] if record_path.is_file() else {}
-    tokenizer = load_tokenizer(trained.get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
-    template = load_template(settings.chat_template_name or trained.get("chat_template_name", "alpaca"), tokenizer)
-    prompts = encode_prompts(tokenizer, [template.render(instruction) for instruction in instructions])
 
-    # 2. Rollouts.
-    import torch
+# ------------------------------------------------------------------------------------------------------------- generation
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_merged(settings.base_model_name, settings.peft_model_name, device, settings.cache_dir or None)
-    decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_p)
-    responses = generate_responses(model, tokenizer, prompts, decoding, settings.batch_size, settings.seed, f"rollouts {checkpoint.name}")
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
 
-    # 3. Files.
+@dataclass(frozen=True)
+class Processes:
+    """The processes of `accelerate launch`; one by itself without it."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+def start_processes() -> Processes:
+    """Join the launched processes, if there are several."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")  # only for barriers: responses meet in files
+    return Processes(int(os.environ.get("RANK", "0")), count)
+
+
+def generate_all(
+    target: Path,
+    adapter: Path,
+    prompts: list[list[int]],
+    decoding: Decoding,
+    engine: HFEngine | VLLMEngine,
+    seed: int,
+    facts: dict,
+    processes: Processes,
+) -> list[list[int]] | None:
+    """A response to each prompt, from <target>.partial where it is known already, and generated where it is not.
+
+    Args:
+        target: the file that the responses are for.
+        facts: whatever the responses depend on; partial results made with others are thrown away.
+        processes: each generates its share and appends to a file of its own.
+
+    Returns:
+        Token ids by prompt, on the main process; None on others.
+    """
+    folder = target.with_name(f"{target.name}.partial")
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    marker = folder / "fingerprint"
+    if processes.is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        marker.write_text(fingerprint, encoding="utf-8")
+    processes.wait()
+    known = read_partial(folder)
+    processes.wait()
+    missing = [row for row in range(len(prompts)) if row not in known][processes.rank :: processes.count]
+    if processes.is_main and known:
+        print(f"{target.name}: {len(known)} of {len(prompts)} rows are known from an earlier start")
+    if missing:
+        draws = zlib.crc32(adapter.name.encode()) << 32 | seed % 2**32  # another checkpoint, other draws
+        with (folder / f"rows_{processes.rank}_{os.getpid()}.jsonl").open("a", encoding="utf-8") as log:
+
+            def finished(place: int, response: list[int]) -> None:
+                log.write(json.dumps([missing[place], response]) + "\n")
+                log.flush()
+
+            wanted = [prompts[row] for row in missing]
+            engine.generate(str(adapter), wanted, decoding, draws, missing, finished, target.name if processes.is_main else None)
+    processes.wait()
+    if not processes.is_main:
+        return None
+    known = read_partial(folder)
+    return [known[row] for row in range(len(prompts))]
+
+
+def read_partial(folder: Path) -> dict[int, list[int]]:
+    """Responses by row from the files of a partial run; a line that was cut short is as good as none."""
+    known = {}
+    for path in sorted(folder.glob("rows_*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                row, response = json.loads(line)
+            except ValueError:
+                continue
+            known[row] = response
+    return known
+
+
+# ----------------------------------------------------------------------------------------------------------------- alpaca
+
+
+def alpaca_rows(data: list[dict], texts: list[str], generator: str) -> list[dict]:
+    """Rows in AlpacaEval's format."""
     rows = []
     for row, text in zip(data, texts):
         kept = {"dataset": row.get("dataset", "unknown"), "instruction": row["instruction"]}
         kind = {"qtype": row["qtype"]} if "qtype" in row else {}
-        rows.append({**kept, "output": text.strip(), "generator": checkpoint.name, **kind})
-    record = provenance(
-        seed=settings.seed,
-        dtype=str(model.dtype).removeprefix("torch."),
-        model=settings.base_model_name,
-        adapter=settings.peft_model_name,
-        template=template.name,
-        decoding=asdict(decoding),
-        data_path=settings.data_path,
-        rows=len(rows),
-        eos_rate=sum(response[-1] == tokenizer.eos_token_id for response in responses) / len(responses),
-        response_tokens=sum(map(len, responses)) / len(responses),
-        settings=asdict(settings),
-    )
-    if baseline:
-        record["baseline"] = compare_with_baseline(rows, baseline, template)
-        print(", ".join(f"{name} {value:.3f}" for name, value in record["baseline"].items()))
-    write_json(target.with_suffix(".meta.json"), record)
-    write_json(target, rows)
-    print(target)
+        rows.append({**kept, "output": text.strip(), "generator": generator, **kind})
+    return rows
 
 
-RUNNERS = {"alpaca": run_alpaca}
+def compare_with_baseline(
+    rows: list[dict], baseline: list[dict], data: list[dict], trained: dict, template: ChatTemplate, device: str
+) -> dict:
+    """Both sides' mean components under the run's own proxy, and the share of rows that each wins, with a 95% Wilson interval."""
+    from scipy.stats import binomtest
+
+    from reward_model import column_mean, proxy_of_run, reward_batch
+
+    proxy = proxy_of_run(trained)
+    reward = proxy.load_reward(template, trained.get("output_max_length", 512), device or None)
+    instructions = [row["instruction"] for row in rows]
+    tables = [reward.score(reward_batch(instructions, [row["output"] for row in each], data)) for each in (rows, baseline)]
+    won = sum(ours > theirs for ours, theirs in zip(*(table["total"] for table in tables)))
+    lost = sum(ours < theirs for ours, theirs in zip(*(table["total"] for table in tables)))
+    interval = binomtest(won, len(rows)).proportion_ci(method="wilson")
+    means = [{name: mean for name, column in table.items() if (mean := column_mean(column)) is not None} for table in tables]
+    return {
+        "ours": means[0],
+        "baseline": means[1],
+        "rows": len(rows),
+        "won": won / len(rows),
+        "won_interval": [float(interval.low), float(interval.high)],
+        "lost": lost / len(rows),
+    }
+
+
+def describe_comparison(found: dict) -> str:
+    """The comparison as a small table."""
+    names = [name for name in found["ours"] if name in found["baseline"]]
+    lines = [f"{'':<10}" + " ".join(f"{name:>{max(len(name), 8)}}" for name in names)]
+    for side in ("ours", "baseline"):
+        lines.append(f"{side:<10}" + " ".join(f"{found[side][name]:>{max(len(name), 8)}.3f}" for name in names))
+    low, high = found["won_interval"]
+    lines.append(f"proxy above the baseline's in {found['won']:.1%} of {found['rows']} rows (95% interval {low:.1%} to {high:.1%}), "
+                 f"below in {found['lost']:.1%}")  # fmt: skip
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- superni
+
+
+def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's tokens, `SUPERNI_PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
+    from chat_templates import encode_prompts
+
+    (tokens,) = encode_prompts(tokenizer, [template.render(instance.instruction)])
+    text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
+    excess = len(tokens) - SUPERNI_PROMPT_TOKENS
+    while excess > 0 and text_tokens:
+        text_tokens = text_tokens[: max(0, len(text_tokens) - excess)]
+        shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
+        (tokens,) = encode_prompts(tokenizer, [template.render(shorter)])
+        excess = len(tokens) - SUPERNI_PROMPT_TOKENS
+    return tokens
+
+
+def describe_superni(summary: dict) -> str:
+    """Overall scores in one line each."""
+    overall = summary["overall"]
+    names = {
+        "rouge_l": "ROUGE-L, best reference",
+        "rouge_l_first": "ROUGE-L, first reference",
+        "exact_match": "exact match, classification",
+    }
+    lines = [f"SuperNI: {overall['tasks']} tasks, {overall['instances']} instances"]
+    for metric, label in names.items():
+        if metric in overall:
+            error = overall[metric]["standard_error"]
+            lines.append(f"  {label}: {overall[metric]['mean']:.2f}" + (f" +- {error:.2f}" if error is not None else ""))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def target_of(adapter: Path, evaluation: str) -> Path:
+    """The file of an evaluation's rows in a checkpoint's folder."""
+    alpaca = rollouts_path(adapter)
+    return alpaca if evaluation == "alpaca" else alpaca.with_name(f"superni-{alpaca.parent.name}.json")
 
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(EvaluationSettings, description=__doc__)
-    for name in settings.evaluations:
-        RUNNERS[name](settings)
+
+    # 1. Everything a user can get wrong, before any model loads.
+    adapters = find_adapters(settings.peft_model_name)
+    jobs = [(adapter, evaluation, target_of(adapter, evaluation)) for adapter in adapters for evaluation in settings.evaluations]
+    for _, _, target in jobs:
+        if target.exists() and not settings.overwrite:
+            raise InputError(f"{target}: exists already (--overwrite=true replaces it)")
+    decodings = {evaluation: read_decoding(settings, evaluation) for evaluation in settings.evaluations}
+    trained = {
+        path: read_json(path / "training_record.json")["settings"] if (path / "training_record.json").is_file() else {} for path in adapters
+    }
+    data, baseline, instances = [], None, []
+    if "alpaca" in settings.evaluations:
+        if not Path(settings.data_path).is_file() and settings.data_path == "data/alpaca_eval.json":
+            raise InputError(
+                f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
+            )
+        data = read_rows(settings.data_path, {"instruction": None})
+    if settings.baseline_model_file:
+        baseline = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
+        from reward_model import proxy_of_run
+
+        proxy = proxy_of_run(trained[adapters[0]])
+        proxy.check_reward()
+        needs = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
+        read_rows(settings.data_path, needs)
+    if "superni" in settings.evaluations:
+        from superni import read_instances
+
+        instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
+    check_model_name(settings.base_model_name)
+
+    from chat_templates import encode_prompts, load_template
+    from generation import HFEngine, VLLMEngine, load_tokenizer
+
+    tokenizer = load_tokenizer(trained[adapters[0]].get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
+    templates = {
+        path: load_template(settings.chat_template_name or trained[path].get("chat_template_name", "alpaca"), tokenizer)
+        for path in adapters
+    }
+
+    # 2. One engine for all checkpoints.
+    import torch
+
+    processes = start_processes()
+    if settings.engine == "vllm":
+        longest = 2048 + max(decoding.max_new_tokens for decoding in decodings.values())
+        engine = VLLMEngine(settings.base_model_name, tokenizer, [str(path) for path in adapters], longest)
+        device = ""
+    else:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = settings.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        engine = HFEngine(settings.base_model_name, tokenizer, device, settings.batch_size, settings.cache_dir or None)
+
+    # 3. Rollouts and files, checkpoint by checkpoint.
+    for adapter, evaluation, target in jobs:
+        template, decoding = templates[adapter], decodings[evaluation]
+        if evaluation == "alpaca":
+            prompts = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+        else:
+            prompts = [superni_prompt(instance, template, tokenizer) for instance in instances]
+        weights = next((adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()), None)
+        if weights is None:
+            raise InputError(f"{adapter}: no adapter_model.safetensors, expected a checkpoint folder")
+        facts = {
+            "base": settings.base_model_name,
+            "adapter": file_digest(weights),
+            "engine": engine.name,
+            "decoding": asdict(decoding),
+            "seed": settings.seed,
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, facts, processes)
+        if responses is None:
+            continue
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        record = provenance(
+            seed=settings.seed,
+            dtype=engine.dtype,
+            model=settings.base_model_name,
+            adapter=str(adapter),
+            engine=engine.name,
+            template=template.name,
+            decoding=asdict(decoding),
+            data_path=settings.data_path if evaluation == "alpaca" else settings.superni_dir,
+            rows=len(prompts),
+            eos_rate=statistics.fmean(response[-1] == tokenizer.eos_token_id for response in responses),
+            response_tokens=statistics.fmean(map(len, responses)),
+            settings=asdict(settings),
+        )
+        if evaluation == "alpaca":
+            rows = alpaca_rows(data, texts, adapter.name)
+            if baseline:
+                record["baseline"] = compare_with_baseline(rows, baseline, data, trained[adapter], template, device)
+                print(describe_comparison(record["baseline"]))
+        else:
+            from superni import score, summarise
+
+            scores = [score(instance, text.strip()) for instance, text in zip(instances, texts)]
+            rows = [
+                {"task": instance.task, "id": instance.number, "prediction": text.strip(), "references": list(instance.references), **found}
+                for instance, text, found in zip(instances, texts, scores)
+            ]
+            record["summary"] = summarise(instances, scores)
+            print(describe_superni(record["summary"]))
+        write_json(target.with_suffix(".meta.json"), record)
+        write_json(target, rows)
+        shutil.rmtree(target.with_name(f"{target.name}.partial"))
+        print(target)
+    processes.wait()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cpu_linear import OneDNNLinear
-from records import loading
+from cpu_linear import OneDNNLinear, use_onednn
+from records import InputError, loading, read_json
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -185,6 +187,7 @@ def generate_responses(
     seed: int,
     description: str | None = None,
     rows: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Sample one response to each prompt. It depends on the seed and the row's number, not on the batch it is drawn in.
 
@@ -194,6 +197,7 @@ def generate_responses(
         seed: of the draws; the global random state is left as it was.
         description: of the progress bar; no bar without it.
         rows: the prompts' row numbers, where they are a part of some larger file; 0, 1, ... by default.
+        finished: called with each prompt's place and response as soon as its batch is done.
 
     Returns:
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
@@ -201,6 +205,7 @@ def generate_responses(
     rows = list(range(len(prompts))) if rows is None else rows
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     responses: list[list[int]] = [[] for _ in prompts]
+    started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
@@ -208,5 +213,115 @@ def generate_responses(
             found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
             for place, response in zip(places, found):
                 responses[place] = response
+                tokens += len(response)
+                if finished is not None:
+                    finished(place, response)
             bar.update(len(places))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tok/s")
     return responses
+
+
+# ---------------------------------------------------------------------------------------------------------------- engines
+
+
+class HFEngine:
+    """Rollouts of adapters on one base model by transformers; the base is loaded once.
+
+    Args:
+        base: the base model, hub name or folder: bf16 on a GPU, fp32 on a CPU.
+        tokenizer: for generation.
+        device: where the model runs.
+        batch_size: prompts at a time.
+    """
+
+    name = "hf"
+
+    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, device: str, batch_size: int, cache_dir: str | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        with loading(base, "a causal language model"):
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
+        self.model = use_onednn(model.to(device).eval().requires_grad_(False))
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def generate(
+        self,
+        adapter: str,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        rows: Sequence[int],
+        finished: Callable[[int, list[int]], None],
+        description: str | None = None,
+    ) -> None:
+        """One response to each prompt from the base model with `adapter`, handed to `finished(place, token ids)` as it is done."""
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self.model, adapter).eval()
+        try:
+            generate_responses(model, self.tokenizer, prompts, decoding, self.batch_size, seed, description, rows, finished)
+        finally:
+            self.model = model.unload()
+
+
+class VLLMEngine:
+    """Rollouts of adapters on one base model by vLLM (`requirements-vllm.txt`): one engine, one LoRA per checkpoint.
+
+    On a GPU a sample depends on seed and row here too, though vLLM draws it otherwise than `HFEngine` does. Its CPU build has no draws by
+    row: there a whole call repeats, and a resumed one need not.
+    """
+
+    name = "vllm"
+
+    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str], max_length: int) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise InputError(f"--engine vllm: {error}; expected an environment made with requirements-vllm.txt") from None
+        ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
+        rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
+        self.engine = LLM(model=base, enable_lora=True, max_lora_rank=rank, max_model_len=max_length)
+        self.tokenizer = tokenizer
+        self.numbers = {adapter: number for number, adapter in enumerate(adapters, start=1)}
+
+    @property
+    def dtype(self) -> str:
+        return str(self.engine.llm_engine.model_config.dtype).removeprefix("torch.")
+
+    def generate(
+        self,
+        adapter: str,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        seed: int,
+        rows: Sequence[int],
+        finished: Callable[[int, list[int]], None],
+        description: str | None = None,
+    ) -> None:
+        """As `HFEngine.generate`; vLLM batches by itself and shows its own progress bar."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+
+        request = LoRARequest(f"adapter{self.numbers[adapter]}", self.numbers[adapter], str(Path(adapter).resolve()))
+        settings = [
+            SamplingParams(
+                max_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                top_k=decoding.top_k or -1,
+                seed=None if current_platform.is_cpu() else (seed * 1_000_003 + row) % 2**31,
+                stop_token_ids=[self.tokenizer.eos_token_id],
+                skip_special_tokens=False,
+            )
+            for row in rows
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        for place, output in enumerate(self.engine.generate(inputs, settings, lora_request=request, use_tqdm=description is not None)):
+            finished(place, list(output.outputs[0].token_ids))

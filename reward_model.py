@@ -26,7 +26,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -504,6 +504,16 @@ class RewardSettings:
             cache_dir=cache_dir,
             embedding_cache=self.embedding_cache,
         )
+
+
+def proxy_of_run(trained: Mapping, batch_size: int = 8) -> RewardSettings:
+    """The proxy of a run from its recorded settings; the paper's full design where there are none, or no proxy in them."""
+    found = {field.name: trained[field.name] for field in fields(RewardSettings) if field.name in trained}
+    if found.get("reward_model_name"):
+        print("trained against a reward model: judged by the full proxy design")
+        found = {"relevance_model_name": found["relevance_model_name"]}
+    full = {"repetition_penalty": True, "relevance_scaling": True, "reward_branching": True}
+    return RewardSettings(**{**full, **found, "reward_model_batch_size": batch_size})
 
 
 def reward_batch(instructions: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping]) -> dict[str, list]:

@@ -11,12 +11,12 @@ from eval_monotonicity import (
     MonotonicitySettings,
     find_checkpoints,
     paired_difference,
-    proxy_settings,
     read_gold_scores,
     require_variety,
     warn_of_changed_code,
 )
 from records import InputError
+from reward_model import proxy_of_run
 
 
 def make_run(folder, steps, instructions=("a", "b")):
@@ -67,16 +67,16 @@ def test_rollouts_on_other_instructions_are_refused(tmp_path):
 
 def test_the_proxy_is_the_runs_own(tmp_path):
     point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
-    assert proxy_settings(point, 4).reward_branching is True  # without a record: the paper's full design
+    assert proxy_of_run(point.trained, 4).reward_branching is True  # without a record: the paper's full design
     trained = {"repetition_penalty": False, "relevance_scaling": False, "length_target": 20, "output_max_length": 48}
     (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
-    found = proxy_settings(point, 4)
+    found = proxy_of_run(point.trained, 4)
     assert (found.repetition_penalty, found.relevance_scaling, found.length_target, found.reward_model_batch_size) == (False, False, 20, 4)
 
 
 def test_changed_reward_code_is_said(tmp_path, capsys):
     point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
-    proxy = proxy_settings(point, 4)
+    proxy = proxy_of_run(point.trained, 4)
     for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
         (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
         warn_of_changed_code(point, proxy)
@@ -88,7 +88,7 @@ def test_a_run_against_a_reward_model_is_judged_by_the_full_design(tmp_path, cap
     trained = {"reward_model_name": "owner/rm", "repetition_penalty": False, "relevance_scaling": False, "reward_branching": False,
                "relevance_model_name": "owner/encoder"}  # fmt: skip
     (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
-    assert proxy_settings(point, 4).relevance_scaling is True
+    assert proxy_of_run(point.trained, 4).relevance_scaling is True
     assert "judged by the full proxy design" in capsys.readouterr().out
 
 

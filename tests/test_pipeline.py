@@ -120,7 +120,7 @@ def test_rollouts_and_monotonicity(trained, tiny_model, tiny_gold, eval_file):
     assert again.returncode == 2 and "exists already (--overwrite=true" in again.stderr
     baseline = trained / "tiny_step_0" / "alpaca-eval-tiny_step_0.json"
     compared = run_script(*words, "--overwrite=true", f"--baseline_model_file={baseline}")
-    assert compared.returncode == 0 and "LI*RP above baseline" in compared.stdout
+    assert compared.returncode == 0 and "proxy above the baseline's in" in compared.stdout
 
     done = run_script(
         "eval_monotonicity.py", f"--output_dir={trained}", "--model_prefix=tiny", "--gold_model", tiny_gold, "--include_start=true"

@@ -1,0 +1,136 @@
+"""Super-NaturalInstructions, the alignment tax: reading the benchmark's folder, and its scores.
+
+The folder is a clone of allenai/natural-instructions: `splits/default/test_tasks.txt` names the tasks, `tasks/<task>.json` holds each.
+Scores follow the benchmark (Wang et al. 2022): ROUGE-L F1 with stemming and exact match of normalised text, each against the best of an
+instance's references; and against the first reference alone, as the published script compared.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import InputError, read_json, read_text
+from reward_model import rouge_l
+
+# The categories whose answers are labels: the benchmark reports exact match on these.
+CLASSIFICATION = {
+    "Textual Entailment",
+    "Cause Effect Classification",
+    "Coreference Resolution",
+    "Dialogue Act Recognition",
+    "Answerability Classification",
+    "Word Analogy",
+}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance of a task. `definition` and `text` make the instruction."""
+
+    task: str
+    category: str
+    number: str
+    definition: str
+    text: str
+    references: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        return f"{self.definition}\n\n{self.text}"
+
+
+def read_instances(folder: str, tasks: Sequence[str], limit: int) -> list[Instance]:
+    """The first `limit` instances of each task; of the default track's test tasks where none is named.
+
+    Raises:
+        InputError: no such folder, an unknown task, or a task file that lacks something.
+    """
+    root = Path(folder)
+    split = root / "splits" / "default" / "test_tasks.txt"
+    if not split.is_file():
+        raise InputError(f"{split}: no such file, expected a clone of allenai/natural-instructions in {root}")
+    names = list(tasks) or [line.strip() for line in read_text(split).splitlines() if line.strip()]
+    instances = []
+    for name in names:
+        path = root / "tasks" / f"{name}.json"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, expected the task {name!r}")
+        instances += _instances(path, name, limit)
+    return instances
+
+
+def _instances(path: Path, name: str, limit: int) -> list[Instance]:
+    task = read_json(path)
+    for field, kind in (("Definition", str), ("Categories", str), ("Instances", dict)):
+        value = task.get(field)
+        if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
+            raise InputError(f"{path}: field '{field}' is {type(value).__name__}, expected a list of {kind.__name__}, not empty")
+    found = []
+    for number, row in enumerate(task["Instances"][:limit], start=1):
+        if not isinstance(row.get("input"), str):
+            raise InputError(f"{path}: instance {number}: field 'input' is {type(row.get('input')).__name__}, expected text")
+        outputs = row.get("output")
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(output, str) for output in outputs):
+            raise InputError(f"{path}: instance {number}: field 'output' is {type(outputs).__name__}, expected a list of texts, not empty")
+        identity = str(row.get("id", f"{name}-{number}"))
+        found.append(Instance(name, task["Categories"][0], identity, task["Definition"][0], row["input"], tuple(outputs)))
+    return found
+
+
+def normalise(text: str) -> str:
+    """Lower case, no ASCII punctuation, single spaces: what exact match compares."""
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def score(instance: Instance, prediction: str) -> dict[str, float]:
+    """ROUGE-L against the best and the first reference, exact match against the best; each in [0, 1]."""
+    rouge = [rouge_l(reference, prediction) for reference in instance.references]
+    exact = any(normalise(reference) == normalise(prediction) for reference in instance.references)
+    return {"rouge_l": max(rouge), "rouge_l_first": rouge[0], "exact_match": float(exact)}
+
+
+def summarise(instances: Sequence[Instance], scores: Sequence[dict[str, float]]) -> dict[str, dict]:
+    """Means in percent, as the benchmark reports them, overall, by category and by task.
+
+    The standard error of a task is over its instances; those of a category and overall are over the tasks' means, because
+    instances of one task are alike. Exact match is over classification tasks alone.
+    """
+    by_task: dict[str, list[dict[str, float]]] = {}
+    category = {}
+    for instance, row in zip(instances, scores):
+        by_task.setdefault(instance.task, []).append(row)
+        category[instance.task] = instance.category
+    tasks = {}
+    for name, rows in by_task.items():
+        tasks[name] = {"category": category[name], "instances": len(rows)}
+        for metric in ("rouge_l", "rouge_l_first", "exact_match"):
+            if metric != "exact_match" or category[name] in CLASSIFICATION:
+                tasks[name][metric] = _mean_and_error(row[metric] for row in rows)
+    groups = {name: [task for task in tasks.values() if task["category"] == name] for name in sorted(set(category.values()))}
+    return {
+        "overall": _over_tasks(tasks.values()),
+        "by_category": {name: _over_tasks(members) for name, members in groups.items()},
+        "by_task": tasks,
+    }
+
+
+def _over_tasks(tasks: Iterable[dict]) -> dict:
+    tasks = list(tasks)
+    found = {"tasks": len(tasks), "instances": sum(task["instances"] for task in tasks)}
+    for metric in ("rouge_l", "rouge_l_first", "exact_match"):
+        means = [task[metric]["mean"] / 100 for task in tasks if metric in task]
+        if means:
+            found[metric] = _mean_and_error(means)
+    return found
+
+
+def _mean_and_error(values: Iterable[float]) -> dict[str, float | None]:
+    """Mean and its standard error (None for a single value), in percent."""
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) * 100 if len(values) > 1 else None
+    return {"mean": statistics.fmean(values) * 100, "standard_error": error}

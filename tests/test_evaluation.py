@@ -1,0 +1,302 @@
+"""Rollouts of checkpoints: one load for many, shared out, resumed; SuperNI's scores; the `alpaca_eval` command against a local judge."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, ROWS, run_script
+from test_processes import launcher
+
+from evaluation import EvaluationSettings, find_adapters, read_decoding, superni_prompt
+from records import InputError, read_json
+from superni import Instance, normalise, read_instances, score, summarise
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_model, tmp_path_factory) -> Path:
+    """Two adapters of different rank as `run_step_2` and `run_step_10`, with the records that a run would leave."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("run")
+    for step, rank in ((2, 4), (10, 8)):
+        torch.manual_seed(step)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tiny_model),
+            LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=["q_proj", "v_proj"]),
+        )
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(folder / f"run_step_{step}")
+        settings = {"chat_template_name": "tokenizer", "tokenizer_name": "", "model_name": str(tiny_model), "relevance_scaling": False,
+                    "reward_branching": False, "repetition_penalty": True, "length_incentive": True}  # fmt: skip
+        (folder / f"run_step_{step}" / "training_record.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    return folder
+
+
+def words(tiny_model, folder, eval_file, *more, tokens: int = 12) -> list[object]:
+    return ["evaluation.py", f"--base_model_name={tiny_model}", "--peft_model_name", f"{folder}/run_step_*", f"--data_path={eval_file}",
+            f"--max_new_tokens={tokens}", "--overwrite=true", *more]  # fmt: skip
+
+
+def texts(folder: Path, step: int) -> list[str]:
+    return [
+        row["output"] for row in json.loads((folder / f"run_step_{step}" / f"alpaca-eval-run_step_{step}.json").read_text(encoding="utf-8"))
+    ]
+
+
+def test_checkpoints_in_one_call_alone_and_by_two_processes(tiny_model, checkpoints, eval_file):
+    done = run_script(*words(tiny_model, checkpoints, eval_file, "--batch_size=4"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].endswith("alpaca-eval-run_step_2.json")  # in the order of steps
+    both = {step: texts(checkpoints, step) for step in (2, 10)}
+    assert both[2] != both[10]
+    alone = words(tiny_model, checkpoints, eval_file, "--batch_size=1")
+    alone[3] = f"{checkpoints}/run_step_10"
+    done = run_script(*alone)
+    assert done.returncode == 0, done.stderr
+    assert texts(checkpoints, 10) == both[10]
+    done = run_script(*words(tiny_model, checkpoints, eval_file, "--batch_size=2"), launcher=launcher("torchrun"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {step: texts(checkpoints, step) for step in (2, 10)} == both
+    meta = read_json(checkpoints / "run_step_10" / "alpaca-eval-run_step_10.meta.json")
+    assert meta["engine"] == "hf" and meta["dtype"] == "float32" and meta["template"] == "tokenizer" and meta["rows"] == 6
+    assert not list(checkpoints.glob("*/*.partial"))
+
+
+def test_an_interrupted_evaluation_goes_on(tiny_model, checkpoints, eval_file, tmp_path):
+    command = words(tiny_model, checkpoints, eval_file, "--batch_size=1", tokens=300)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    expected = {step: texts(checkpoints, step) for step in (2, 10)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    partial = checkpoints / "run_step_2" / "alpaca-eval-run_step_2.json.partial"
+    deadline = time.monotonic() + 120
+    while not any(path.read_bytes().count(b"\n") >= 2 for path in partial.glob("rows_*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (log,) = partial.glob("rows_*.jsonl")
+    with log.open("a", encoding="utf-8") as file:
+        file.write("[5, [1, 2")  # a line that was cut short
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    assert "of 6 rows are known from an earlier start" in done.stdout
+    assert {step: texts(checkpoints, step) for step in (2, 10)} == expected
+    # Other settings throw partial results away.
+    partial.mkdir()
+    (partial / "fingerprint").write_text("of other settings", encoding="utf-8")
+    (partial / "rows_0_1.jsonl").write_text("[0, [5, 6]]\n", encoding="utf-8")
+    done = run_script(*command)
+    assert done.returncode == 0 and "known from an earlier start" not in done.stdout
+    assert {step: texts(checkpoints, step) for step in (2, 10)} == expected
+
+
+def test_a_baseline_is_compared_row_by_row(tiny_model, checkpoints, eval_file, tmp_path):
+    baseline = tmp_path / "baseline.json"
+    rows = [{"instruction": row["input"], "output": "" if number < 4 else "word " * 500} for number, row in enumerate(ROWS)]
+    baseline.write_text(json.dumps(rows[::-1]), encoding="utf-8")
+    done = run_script(*words(tiny_model, checkpoints, eval_file, f"--baseline_model_file={baseline}"))
+    assert done.returncode == 0, done.stderr
+    found = read_json(checkpoints / "run_step_2" / "alpaca-eval-run_step_2.meta.json")["baseline"]
+    outputs = texts(checkpoints, 2)
+    from reward_model import ReversedEngineeredRewardForInference
+
+    ours = ReversedEngineeredRewardForInference("alpaca", repetition_penalty=True, do_strip=False).get_reward({"response": outputs})
+    theirs = [0.0] * 4 + [5.0 / 498] * 2
+    assert found["won"] == pytest.approx(sum(a > b for a, b in zip(ours, theirs)) / 6)
+    assert found["baseline"]["length"] == pytest.approx(10 / 6)
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(found["won"] * 6), 6).proportion_ci(method="wilson")
+    assert found["won_interval"] == pytest.approx([interval.low, interval.high])
+    assert "rows (95% interval" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------- superni
+
+
+@pytest.fixture
+def superni_folder(tmp_path) -> Path:
+    folder = tmp_path / "natural-instructions"
+    (folder / "splits" / "default").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    (folder / "splits" / "default" / "test_tasks.txt").write_text("task1_entail\ntask2_title\n", encoding="utf-8")
+    entail = {
+        "Definition": ["Say entailment or contradiction."], "Categories": ["Textual Entailment"],
+        "Instances": [{"id": "e-0", "input": "A dog runs.", "output": ["entailment"]},
+                      {"id": "e-1", "input": "No dog runs.", "output": ["contradiction", "Contradiction!"]},
+                      {"id": "e-2", "input": "left out", "output": ["entailment"]}],
+    }  # fmt: skip
+    title = {"Definition": ["Give a title."], "Categories": ["Title Generation"],
+             "Instances": [{"id": "t-0", "input": "Rain fell.", "output": ["a wet day", "rain on the roof"]}]}  # fmt: skip
+    (folder / "tasks" / "task1_entail.json").write_text(json.dumps(entail), encoding="utf-8")
+    (folder / "tasks" / "task2_title.json").write_text(json.dumps(title), encoding="utf-8")
+    return folder
+
+
+def test_superni_scores_by_hand(superni_folder):
+    instances = read_instances(str(superni_folder), [], 2)
+    assert [instance.number for instance in instances] == ["e-0", "e-1", "t-0"]
+    assert instances[0].instruction == "Say entailment or contradiction.\n\nA dog runs."
+    assert normalise(" It's  a Contradiction!\n") == "its a contradiction"
+    predictions = ["entailment.", "entailment", "rain on a roof"]
+    scores = [score(instance, prediction) for instance, prediction in zip(instances, predictions)]
+    assert scores[0] == {"rouge_l": 1.0, "rouge_l_first": 1.0, "exact_match": 1.0}
+    assert scores[1] == {"rouge_l": 0.0, "rouge_l_first": 0.0, "exact_match": 0.0}
+    # Against "rain on the roof" three of four words in order, F1 3/4; against "a wet day" one of three and four, F1 2/7.
+    assert scores[2] == {"rouge_l": pytest.approx(3 / 4), "rouge_l_first": pytest.approx(2 / 7), "exact_match": 0.0}
+    summary = summarise(instances, scores)
+    assert summary["by_task"]["task1_entail"]["rouge_l"] == {"mean": 50.0, "standard_error": pytest.approx(50.0)}
+    assert summary["by_task"]["task2_title"]["rouge_l"] == {"mean": pytest.approx(75.0), "standard_error": None}
+    assert "exact_match" not in summary["by_category"]["Title Generation"]
+    overall = summary["overall"]
+    assert (overall["tasks"], overall["instances"]) == (2, 3)
+    assert overall["rouge_l"] == {"mean": pytest.approx(62.5), "standard_error": pytest.approx(12.5)}
+    assert overall["rouge_l_first"]["mean"] == pytest.approx((50 + 200 / 7) / 2)
+    assert overall["exact_match"] == {"mean": 50.0, "standard_error": None}  # of one classification task
+
+
+def test_superni_command(tiny_model, checkpoints, superni_folder):
+    command = ["evaluation.py", f"--base_model_name={tiny_model}", "--peft_model_name", f"{checkpoints}/run_step_2", "--baseline_model_file=",
+               "--batch_size=16", "--evaluations", "superni", f"--superni_dir={superni_folder}", "--overwrite=true"]  # fmt: skip
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    assert "SuperNI: 2 tasks, 4 instances" in done.stdout and "ROUGE-L, best reference:" in done.stdout
+    rows = json.loads((checkpoints / "run_step_2" / "superni-run_step_2.json").read_text(encoding="utf-8"))
+    assert [row["id"] for row in rows] == ["e-0", "e-1", "e-2", "t-0"]
+    assert set(rows[0]) == {"task", "id", "prediction", "references", "rouge_l", "rouge_l_first", "exact_match"}
+    meta = read_json(checkpoints / "run_step_2" / "superni-run_step_2.meta.json")
+    assert meta["decoding"] == {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    assert meta["summary"]["overall"]["instances"] == 4
+
+
+def test_superni_prompts_are_cut_at_the_end_of_the_input(tiny_model):
+    from chat_templates import load_template
+    from generation import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    template = load_template("tokenizer", tokenizer)
+    instance = Instance("t", "c", "1", "Say what is said.", "rain " * 2000, ("rain",))
+    tokens = superni_prompt(instance, template, tokenizer)
+    assert 500 < len(tokens) <= 512
+    text = tokenizer.decode(tokens)
+    assert "Say what is said." in text and text.endswith("<|im_start|>assistant\n")
+    short = Instance("t", "c", "1", "Say it.", "rain", ("rain",))
+    assert tokenizer.decode(superni_prompt(short, template, tokenizer)) == template.render("Say it.\n\nrain")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "splits" / "default" / "test_tasks.txt").unlink(), "test_tasks.txt: no such file, expected a clone of"),
+        (
+            lambda folder: (folder / "tasks" / "task2_title.json").unlink(),
+            "task2_title.json: no such file, expected the task 'task2_title'",
+        ),
+        (
+            lambda folder: (folder / "tasks" / "task2_title.json").write_text('{"Definition": ["d"], "Categories": ["c"], "Instances": 3}'),
+            "task2_title.json: field 'Instances' is int, expected a list of dict",
+        ),
+        (
+            lambda folder: (folder / "tasks" / "task2_title.json").write_text(
+                '{"Definition": ["d"], "Categories": ["c"], "Instances": [{"input": "x", "output": []}]}'
+            ),
+            "task2_title.json: instance 1: field 'output' is list, expected a list of texts",
+        ),
+    ],
+)
+def test_superni_folders_that_cannot_be_used(superni_folder, change, message):
+    change(superni_folder)
+    with pytest.raises(InputError, match=message):
+        read_instances(str(superni_folder), [], 100)
+
+
+def test_settings_of_decoding_and_checkpoints(checkpoints, tmp_path):
+    settings = EvaluationSettings(base_model_name="x", peft_model_name=["y"], temperature=0.0)
+    assert (read_decoding(settings, "alpaca").temperature, read_decoding(settings, "alpaca").max_new_tokens) == (0.0, 512)
+    settings.temperature = -1.0
+    assert read_decoding(settings, "alpaca").temperature == 0.7
+    (tmp_path / "d.yaml").write_text("alpaca: {max_new_tokens: 5, heat: 3}\n", encoding="utf-8")
+    settings.decoding = str(tmp_path / "d.yaml")
+    with pytest.raises(InputError, match="d.yaml: expected decoding settings under 'alpaca'"):
+        read_decoding(settings, "alpaca")
+    assert [path.name for path in find_adapters([f"{checkpoints}/run_step_*"])] == ["run_step_2", "run_step_10"]
+    with pytest.raises(InputError, match="matches no checkpoint folder"):
+        find_adapters([f"{tmp_path}/none_*"])
+
+
+# ------------------------------------------------------------------------------------------------------------ alpaca_eval
+
+
+class Judge(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that prefers the first answer, by rank or by log-probability."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        choice = {"index": 0, "finish_reason": "stop"}
+        if asked.get("logprobs"):
+            top = [{"token": token, "logprob": value, "bytes": None} for token, value in (("m", -0.1), ("M", -2.4))]
+            choice["message"] = {"role": "assistant", "content": "m"}
+            choice["logprobs"] = {"content": [{"token": "m", "logprob": -0.1, "bytes": None, "top_logprobs": top}]}
+        else:
+            choice["message"] = {"role": "assistant", "content": "[{'model': 'model_1', 'rank': 1}, {'model': 'model_2', 'rank': 2}]"}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice],
+                  "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}  # fmt: skip
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize(("annotators", "second"), [("alpaca_eval_gpt4", "False"), ("weighted_alpaca_eval_gpt4_turbo", "True")])
+def test_the_alpaca_eval_command_takes_our_file(tmp_path, eval_file, judge, annotators, second):
+    rows = [{"dataset": "tiny", "instruction": row["input"], "output": f"Well: {row['output']}", "generator": "run_step_2"} for row in ROWS]
+    ours = tmp_path / "alpaca-eval-run_step_2.json"
+    ours.write_text(json.dumps(rows), encoding="utf-8")
+    environment = {**os.environ, "IS_ALPACA_EVAL_2": second, "OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path),
+                   "OPENAI_BASE_URL": f"http://127.0.0.1:{judge.server_port}/v1", "OPENAI_API_BASE": ""}  # fmt: skip
+    environment.pop("OPENAI_API_BASE")
+    command = [str(Path(sys.executable).with_name("alpaca_eval")), "--annotators_config", annotators, "--model_outputs", ours,
+               "--reference_outputs", eval_file, "--output_path", tmp_path / "out", "--is_overwrite_leaderboard",
+               "--caching_path", tmp_path / "cache.json",
+               "--fn_metric", "get_winrate", "--sort_by", "win_rate"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(judge.asked) == len(ROWS)
+    with (tmp_path / "out" / annotators / "leaderboard.csv").open(encoding="utf-8") as file:
+        (line,) = (row for row in csv.DictReader(file) if row[""] == "run_step_2")
+    annotations = json.loads((tmp_path / "out" / annotators / "annotations.json").read_text(encoding="utf-8"))
+    preferences = [row["preference"] for row in annotations]
+    assert float(line["win_rate"]) == pytest.approx(sum(preference - 1 for preference in preferences) / len(ROWS) * 100, abs=0.01)
+    assert int(line["n_total"]) == len(ROWS)
