@@ -43,3 +43,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_reward.py
 	$(BIN)/python benchmarks/bench_linear.py
 	$(BIN)/python benchmarks/bench_ppo.py
+	$(BIN)/python benchmarks/bench_generation.py

@@ -344,7 +344,7 @@ def main() -> None:
                 f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
             )
         data = read_rows(settings.data_path, {"instruction": None})
-    if settings.baseline_model_file:
+    if settings.baseline_model_file and "alpaca" in settings.evaluations:
         baseline = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
         from reward_model import proxy_of_run
 

@@ -1,0 +1,96 @@
+"""Rollouts against plain transformers: tokens a second beside `model.generate`, and six checkpoints beside six loads of the base model.
+
+    python benchmarks/bench_generation.py            # SmolLM2-135M with LoRA, prompts of data/train.json, 48 new tokens
+
+Both sides draw at temperature 1 without limits, in turn in one process; stock is a PEFT model as `PeftModel.from_pretrained` returns it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from chat_templates import encode_prompts, load_template
+from generation import Decoding, HFEngine, load_tokenizer
+from records import REPOSITORY
+
+MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
+
+
+def stock_generate(model: PeftModel, prompts: list[list[int]], batch_size: int, new_tokens: int, eos: int) -> int:
+    """`model.generate` on left-padded batches in the order given; the tokens up to each end of sequence are counted."""
+    count = 0
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        longest = max(map(len, part))
+        ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in part])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part])
+        with torch.no_grad():
+            found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True, top_k=0, top_p=1.0,
+                                   temperature=1.0, eos_token_id=eos, pad_token_id=eos)  # fmt: skip
+        for row in found[:, longest:].tolist():
+            count += row.index(eos) + 1 if eos in row else len(row)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--new_tokens", type=int, default=48)
+    words = parser.parse_args()
+    tokenizer = load_tokenizer(MODEL)
+    template = load_template("tokenizer", tokenizer)
+    rows = json.loads((REPOSITORY / "data" / "train.json").read_text(encoding="utf-8"))[:64]
+    prompts = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
+    decoding, eos = Decoding(words.new_tokens), tokenizer.eos_token_id
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = [f"{folder}/step_{step}" for step in range(6)]
+        lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+        get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), lora).save_pretrained(adapters[0])
+        for other in adapters[1:]:
+            Path(other).symlink_to(adapters[0])
+
+        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapters[0]).eval()
+        for batch_size in (16, 64):
+            engine = HFEngine(MODEL, tokenizer, "cpu", batch_size)
+            ratios = []
+            for turn in range(words.turns):
+                start = time.perf_counter()
+                theirs = stock_generate(stock, prompts, batch_size, words.new_tokens, eos) / (time.perf_counter() - start)
+                drawn: list[int] = []
+                start = time.perf_counter()
+                engine.generate(adapters[0], prompts, decoding, turn, range(64), lambda place, tokens: drawn.append(len(tokens)))  # noqa: B023
+                ours = sum(drawn) / (time.perf_counter() - start)
+                ratios.append(ours / theirs)
+                print(f"  batch {batch_size}: {ours:.0f} tokens/s, model.generate {theirs:.0f}", flush=True)
+            print(f"batch {batch_size}: {statistics.median(ratios):.2f} times model.generate ({min(ratios):.2f} to {max(ratios):.2f})")
+        del stock
+
+        some = prompts[:16]
+        start = time.perf_counter()
+        for adapter in adapters:
+            fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter)
+            stock_generate(fresh.merge_and_unload().eval(), some, 16, words.new_tokens, eos)
+        anew = time.perf_counter() - start
+        start = time.perf_counter()
+        engine = HFEngine(MODEL, tokenizer, "cpu", 16)
+        for adapter in adapters:
+            engine.generate(adapter, some, decoding, 0, range(16), lambda place, tokens: None)
+        once = time.perf_counter() - start
+        print(f"six checkpoints, 16 rows each: {anew / once:.2f} times as fast as a load, merge and model.generate for each "
+              f"({once:.1f} s against {anew:.1f} s)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
