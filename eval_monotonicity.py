@@ -22,6 +22,7 @@ from records import (
     QTYPES,
     InputError,
     atomic_path,
+    check_device,
     check_model_name,
     match_rows,
     provenance,
@@ -224,6 +225,7 @@ def main() -> None:
     else:
         check_model_name(settings.gold_model)
     proxy.check_reward()
+    check_device(settings.device)
     warn_of_changed_code(checkpoints[-1], proxy)
     trained = checkpoints[-1].trained
     template_name = trained.get("chat_template_name", "alpaca")

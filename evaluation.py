@@ -34,6 +34,7 @@ from records import (
     QTYPES,
     REPOSITORY,
     InputError,
+    check_device,
     check_model_name,
     file_digest,
     match_rows,
@@ -357,6 +358,7 @@ def main() -> None:
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
     check_model_name(settings.base_model_name)
+    check_device(settings.device)
 
     from chat_templates import encode_prompts, load_template
     from generation import HFEngine, VLLMEngine, load_tokenizer

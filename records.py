@@ -201,6 +201,18 @@ def check_model_name(name_or_path: str) -> None:
         raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
 
 
+def check_device(name: str) -> None:
+    """Raise InputError for a device that PyTorch does not know or that is not here; the empty name is the best there is."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}, expected cpu, cuda or another device of PyTorch") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {name!r}, and there is no GPU that PyTorch can use")
+
+
 def adapter_base(adapter: str | Path) -> str:
     """The base model of a PEFT adapter folder; a relative folder is looked for here and beside this file.
 

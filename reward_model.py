@@ -36,6 +36,7 @@ from chat_templates import ChatTemplate, load_template
 from records import (
     QTYPES,
     InputError,
+    check_device,
     check_model_name,
     file_digest,
     match_rows,
@@ -565,6 +566,7 @@ def main() -> None:
         data = match_rows(settings.data_path, instructions, known, path) if settings.data_path else [{} for _ in rows]
         batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
     settings.check_reward()
+    check_device(settings.device)
     template = load_template(settings.chat_template_name)
 
     # 2. Scores.

@@ -347,7 +347,8 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
         bias="none",
         target_modules=settings.lora_target_modules,
     )
-    return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model.requires_grad_(False)), peft_config=lora)
+    with loading(settings.model_name, f"a policy with LoRA on {', '.join(settings.lora_target_modules)}"):
+        return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model.requires_grad_(False)), peft_config=lora)
 
 
 def optimizer_setup(settings: PPOSettings, policy: AutoModelForCausalLMWithValueHead, world_size: int) -> dict:
