@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from records import InputError, atomic_path, read_json, write_json
+from records import InputError, atomic_path, file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from ppo_trainer import FastPPOTrainer
@@ -36,6 +36,8 @@ RECORD = "training_record.json"
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
             "output_dir", "logging_dir", "exp_name", "embedding_cache"}  # fmt: skip
+# Settings whose old values come back with the optimiser, the schedule and the KL controller, or that shape the weights.
+IN_THE_STATE = ("learning_rate", "use_optimizer_setup", "warmup_ratio", "init_kl_coef", "lora_r", "lora_target_modules")
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding
@@ -75,6 +77,17 @@ def check_settings(folder: Path, settings: PPOSettings, processes: int) -> None:
     record = read_json(folder / RECORD)
     if record["processes"] != processes:
         raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to go on, found {processes}")
+    bound = [name for name in IN_THE_STATE if record["settings"].get(name) != getattr(settings, name)]
+    if bound:
+        raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
+    if settings.reward_source() != record["reward_source"] and not settings.allow_changed_settings:
+        raise InputError(
+            f"{folder}: the reward's code has changed since ({', '.join(record['reward_source'])}; --allow_changed_settings=true goes on all the same)"
+        )
+    for name in ("dataset_path", "dev_prompt_path"):
+        path = getattr(settings, name)
+        if Path(path).is_file() and file_digest(path) != record["data"].get(name) and not settings.allow_changed_settings:
+            raise InputError(f"{folder}: {path} has changed since (--allow_changed_settings=true goes on all the same)")
     changed = [
         f"{name} was {record['settings'].get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
@@ -99,10 +112,9 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
     error = None
     if trainer.accelerator.is_main_process:
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        digests = {facts["weights"] for _, facts in states}
-        if len(digests) > 1:
-            raise RuntimeError(f"the weights of the {len(states)} processes differ: they no longer train one model")
         try:
+            if len({facts["weights"] for _, facts in states}) > 1:
+                raise ValueError(f"the weights of the {len(states)} processes differ, they no longer train one model")
             with atomic_path(folder) as temporary:
                 policy.pretrained_model.save_pretrained(temporary)
                 (temporary / "README.md").write_text(_card(record), encoding="utf-8")
@@ -113,7 +125,7 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
                 write_json(temporary / RECORD, record)
                 if dev_rows is not None:
                     write_json(temporary / "development_rollouts.json", dev_rows)
-        except (OSError, SafetensorError) as caught:
+        except (OSError, ValueError, SafetensorError) as caught:
             error = f"{folder} could not be written ({caught}); earlier checkpoints are untouched"
     (error,) = gather_object([error])[:1]
     if error:

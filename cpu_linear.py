@@ -59,6 +59,10 @@ class OneDNNLinear(nn.Linear):
     def unpack(self) -> None:
         self.packed = None
 
+    def packable(self) -> bool:
+        """Whether `pack` can be: frozen fp32 weights on a CPU."""
+        return self.weight.dtype == torch.float32 and self.weight.device.type == "cpu" and not self.weight.requires_grad
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

@@ -18,6 +18,10 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import scipy.stats
+
+from monotonicity import EXACT_UP_TO, agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
 from records import (
     QTYPES,
     InputError,
@@ -34,7 +38,7 @@ from records import (
     run_main,
     write_json,
 )
-from reward_model import RewardSettings, proxy_of_run, reward_batch
+from reward_model import RewardSettings, column_mean, proxy_of_run, reward_batch
 from settings import parse_settings, setting
 
 
@@ -76,7 +80,8 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
     """The checkpoints to compare, by step.
 
     Raises:
-        InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts on different instructions.
+        InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts that were made otherwise: on
+            other instructions, or with other decoding settings.
     """
     pattern = re.compile(re.escape(settings.model_prefix) + r"_step_(\d+)")
     parent = Path(settings.output_dir)
@@ -110,6 +115,10 @@ def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
         for number, (row, other) in enumerate(zip(checkpoint.rows, first.rows), start=1):
             if row["instruction"] != other["instruction"]:
                 raise InputError(f"{rollouts_path(checkpoint.folder)}: row {number}: another instruction than at step {first.step}")
+        for name in ("decoding", "template", "engine", "dtype"):
+            own, other = checkpoint.meta.get(name), first.meta.get(name)
+            if own != other:
+                raise InputError(f"{rollouts_path(checkpoint.folder)}: {name} is {own}, expected {other} as at step {first.step}")
     return checkpoints
 
 
@@ -148,9 +157,11 @@ def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
     for number, row in enumerate(rows, start=1):
         for field in ("step", "gold"):
             try:
-                float(row[field])
+                value = float(row[field])
             except (KeyError, TypeError, ValueError):
                 raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number") from None
+            if field == "step" and not value.is_integer():
+                raise InputError(f"{path}: row {number}: field 'step' is {row[field]!r}, expected a whole number")
         if float(row["step"]) in scores:
             raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
         scores[int(float(row["step"]))] = float(row["gold"])
@@ -168,36 +179,87 @@ def paired_difference(first: list[float], last: list[float]) -> tuple[float, flo
     return mean, math.sqrt(variance / len(differences))
 
 
-def score_proxy(reward, checkpoint: Checkpoint, references: list[dict]) -> list[float]:
-    """The proxy reward of each rollout."""
-    return reward.get_reward(
-        reward_batch([row["instruction"] for row in checkpoint.rows], [row["output"] for row in checkpoint.rows], references)
-    )
+def score_proxy(reward, checkpoint: Checkpoint, references: list[dict]) -> dict[str, list]:
+    """The proxy's components of each rollout, "total" among them."""
+    instructions, outputs = [row["instruction"] for row in checkpoint.rows], [row["output"] for row in checkpoint.rows]
+    return reward.score(reward_batch(instructions, outputs, references))
 
 
-def require_variety(name: str, means: dict[int, float]) -> None:
-    """Raises InputError where every checkpoint has the same mean, so that a rank correlation is undefined."""
-    if len(set(means.values())) == 1:
-        raise InputError(f"every checkpoint has the same mean {name} score {next(iter(means.values())):g}: SpearmanR is undefined")
+def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, gold_by_row: bool, qtypes: list[str | None]) -> dict:
+    """All that is said of the two curves.
+
+    Args:
+        proxy: [checkpoints, rows].
+        gold: [checkpoints, rows], or [checkpoints, 1] where only means are known.
+        qtypes: of the rows, where they have any.
+    """
+    curves = proxy.mean(axis=1), gold.mean(axis=1)
+    rho = spearman(*curves)
+    found = {
+        "n": len(steps),
+        "spearman": rho,
+        "pvalue": float(scipy.stats.spearmanr(*curves).pvalue) if rho is not None else None,
+        "exact_pvalue": permutation_pvalue(*curves),
+        "kendall": kendall(*curves),
+        "turning_point": turning_point(steps, *curves),
+    }
+    if gold_by_row and proxy.shape[1] > 1:
+        found["interval"] = bootstrap_interval(proxy, gold)
+        found["agreement"] = agreement(proxy, gold)
+        found["by_qtype"] = {}
+        for qtype in QTYPES:
+            rows = [row for row, own in enumerate(qtypes) if own == qtype]
+            if rows:
+                part = spearman(proxy[:, rows].mean(axis=1), gold[:, rows].mean(axis=1))
+                found["by_qtype"][qtype] = {"spearman": part, "rows": len(rows)}
+    return found
 
 
-def draw(target: Path, steps: list[int], proxy: list[float], gold: list[float], title: str, description: str) -> None:
-    """Both curves against the step, one axis each."""
+def describe(found: dict, steps: list[int], exact: bool) -> str:
+    """The correlations in words, the published line first."""
+    if found["spearman"] is None:
+        return "SpearmanR is undefined: every checkpoint has the same mean proxy or the same mean gold score"
+    lines = [
+        f"SignificanceResult(statistic={found['spearman']}, pvalue={found['pvalue']})",
+        f"n = {found['n']} checkpoints of one run; p over {'all' if exact else 'drawn'} orders of them {found['exact_pvalue']:.4g}, "
+        f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
+    ]
+    if found.get("interval"):
+        lines.append("95% interval of SpearmanR over prompts drawn anew: {:.3f} to {:.3f}".format(*found["interval"]))
+    if found.get("by_qtype"):
+        parts = (f"{qtype} {'undefined' if part['spearman'] is None else format(part['spearman'], '.3f')} ({part['rows']} rows)"
+                 for qtype, part in found["by_qtype"].items())  # fmt: skip
+        lines.append(f"SpearmanR by query type: {', '.join(parts)}")
+    if found.get("agreement") and found["agreement"]["share"] is not None:
+        share, rows = found["agreement"]["share"], found["agreement"]["rows"]
+        lines.append(f"prompt by prompt, gold moved with the proxy from step {steps[0]} to {steps[-1]} in {share:.1%} of {rows}")
+    if found["turning_point"] is not None:
+        lines.append(f"gold peaks at step {found['turning_point']} while the proxy rises beyond it: over-optimisation from there on")
+    return "\n".join(lines)
+
+
+def draw(
+    target: Path, steps: list[int], curves: dict[str, np.ndarray], bands: dict[str, tuple[np.ndarray, np.ndarray]], title: str, record: str
+) -> None:
+    """Both curves against the step, one axis each, with their 95% bands over prompts where they are known."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, left = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    right = left.twinx()
-    lines = left.plot(steps, proxy, "o-", color="#0b6fb8", label="proxy reward")
-    lines += right.plot(steps, gold, "s--", color="#c2570c", label="gold reward")
-    left.set(xlabel="PPO step", ylabel="mean proxy reward", title=title)
-    right.set_ylabel("mean gold reward")
+    axes = {"proxy": (left, "o-", "#0b6fb8"), "gold": (left.twinx(), "s--", "#c2570c")}
+    lines = []
+    for name, (axis, style, color) in axes.items():
+        lines += axis.plot(steps, curves[name], style, color=color, label=f"{name} reward")
+        axis.set_ylabel(f"mean {name} reward")
+        if name in bands:
+            axis.fill_between(steps, *bands[name], color=color, alpha=0.15, linewidth=0)
+    left.set(xlabel="PPO step", title=title)
     left.legend(handles=lines, loc="best", frameon=False)
     left.grid(alpha=0.25)
     with atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=160, metadata={"Description": description})
+        figure.savefig(temporary, dpi=160, metadata={"Description": record})
     pyplot.close(figure)
 
 
@@ -213,7 +275,6 @@ def main() -> None:
     proxy = proxy_of_run(checkpoints[-1].trained, settings.batch_size)
     references = read_references(settings, checkpoints, proxy)
 
-    from scipy.stats import spearmanr
     from tqdm import tqdm
 
     from chat_templates import TOKENIZER_OWN, load_template
@@ -235,9 +296,8 @@ def main() -> None:
     # 2. Proxy.
     device = settings.device or None
     reward = proxy.load_reward(template, trained.get("output_max_length", 512), device)
-    proxy_scores = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
-    proxy_means = {step: sum(scores) / len(scores) for step, scores in proxy_scores.items()}
-    require_variety("proxy", proxy_means)
+    tables = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
+    proxy_scores = {step: table["total"] for step, table in tables.items()}
 
     # 3. Gold.
     gold: dict[int, list[float]] = {}
@@ -250,24 +310,31 @@ def main() -> None:
                 queries, outputs = [row["instruction"] for row in point.rows], [row["output"] for row in point.rows]
                 gold[point.step] = model.get_reward({"query": queries, "response": outputs})
                 bar.update(len(point.rows))
-        gold_means = {step: sum(scores) / len(scores) for step, scores in gold.items()}
 
     # 4. The answer.
-    require_variety("gold", gold_means)
-    proxy_curve, gold_curve = [proxy_means[step] for step in steps], [gold_means[step] for step in steps]
-    result = spearmanr(proxy_curve, gold_curve)
+    scores = {
+        "proxy": np.array([proxy_scores[step] for step in steps]),
+        "gold": np.array([gold[step] if gold else [gold_means[step]] for step in steps]),
+    }
+    curves = {name: table.mean(axis=1) for name, table in scores.items()}
+    components = {
+        step: {name: mean for name, column in table.items() if name != "total" and (mean := column_mean(column)) is not None}
+        for step, table in tables.items()
+    }
+    names = list(components[steps[0]])
     rows = len(checkpoints[0].rows)
-    print(f"\n{'step':>8} {'proxy':>10} {'gold':>10} {'rows':>6}")
-    for step in steps:
-        print(f"{step:>8} {proxy_means[step]:>10.4f} {gold_means[step]:>10.4f} {rows:>6}")
+    print(f"\n{'step':>8} {'proxy':>10} {'gold':>10} " + " ".join(f"{name:>{max(10, len(name))}}" for name in names) + f" {'rows':>6}")
+    for step, proxy_mean, gold_mean in zip(steps, curves["proxy"], curves["gold"]):
+        cells = " ".join(f"{components[step][name]:>{max(10, len(name))}.4f}" for name in names)
+        print(f"{step:>8} {proxy_mean:>10.4f} {gold_mean:>10.4f} {cells} {rows:>6}")
     gains = {}
-    for name, scores in (("proxy", proxy_scores), ("gold", gold)):
-        if scores and rows > 1:
-            mean, error = paired_difference(scores[steps[0]], scores[steps[-1]])
+    for name, table in scores.items():
+        if table.shape[1] > 1:
+            mean, error = paired_difference(table[0].tolist(), table[-1].tolist())
             gains[name] = {"difference": mean, "standard_error": error}
             print(f"{name}: step {steps[-1]} minus step {steps[0]}: {mean:+.4f}, standard error {error:.4f} (paired over {rows} rows)")
-    print(f"SignificanceResult(statistic={float(result.statistic)}, pvalue={float(result.pvalue)})")
-    print(f"n = {len(steps)} checkpoints of one run: they are not independent, so that this p-value overstates")
+    found = correlations(steps, scores["proxy"], scores["gold"], bool(gold), [row.get("qtype") for row in references])
+    print(describe(found, steps, len(steps) <= EXACT_UP_TO))
 
     # 5. Files.
     folder = Path(settings.output_dir) / f"{settings.model_prefix}_monotonicity"
@@ -280,12 +347,16 @@ def main() -> None:
         seed=checkpoints[0].meta.get("seed"),
         proxy=asdict(proxy),
     )
-    curve = [{"step": step, "proxy": proxy_means[step], "gold": gold_means[step]} for step in steps]
-    spearman = {"statistic": float(result.statistic), "pvalue": float(result.pvalue), "n": len(steps)}
-    content = {"spearman": spearman, "curve": curve, "gains": gains, "per_row": {"proxy": proxy_scores, "gold": gold}, "provenance": record}
+    curve = [
+        {"step": step, "proxy": float(proxy_mean), "gold": float(gold_mean), **components[step]}
+        for step, proxy_mean, gold_mean in zip(steps, curves["proxy"], curves["gold"])
+    ]
+    content = {"spearman": found, "curve": curve, "gains": gains, "per_row": {"proxy": proxy_scores, "gold": gold}, "provenance": record}
     write_json(folder / "monotonicity.json", content)
-    title = f"{settings.model_prefix}: SpearmanR {result.statistic:.2f} over {len(steps)} checkpoints"
-    draw(folder / "monotonicity.png", steps, proxy_curve, gold_curve, title, json.dumps(record))
+    rho = "undefined" if found["spearman"] is None else f"{found['spearman']:.2f}"
+    bands = {name: curve_band(table) for name, table in scores.items() if table.shape[1] > 1}
+    draw(folder / "monotonicity.png", steps, curves, bands, f"{settings.model_prefix}: SpearmanR {rho} over {len(steps)} checkpoints",
+         json.dumps(record))  # fmt: skip
     print(folder)
 
 

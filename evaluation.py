@@ -11,7 +11,8 @@ One response a row is drawn from the base model with a checkpoint's LoRA, as con
     superni-<name>.json          a list of {task, id, prediction, references, rouge_l, rouge_l_first, exact_match}
     <the same>.meta.json         how it was made, and SuperNI's summary
 
-A file is there when it is whole. Interrupted at any row, the same command goes on from what lies in <file>.partial.
+A file is there when it is whole. Interrupted at any row, the same command goes on: finished files stay, and a begun one goes on from
+what lies in <file>.partial.
 """
 
 from __future__ import annotations
@@ -90,8 +91,12 @@ class EvaluationSettings:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
         if self.max_new_tokens < 0 or not 0 <= self.top_p <= 1:
             raise InputError("--max_new_tokens and --top_p cannot be negative, and --top_p is at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
         if self.engine not in ("hf", "vllm"):
             raise InputError(f"--engine is {self.engine!r}, expected hf or vllm")
+        if self.engine == "vllm" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError("--engine vllm runs in one process, expected no launcher with several")
         unknown = [name for name in self.evaluations if name not in EVALUATIONS]
         if unknown:
             raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(EVALUATIONS)}")
@@ -174,21 +179,20 @@ def generate_all(
     decoding: Decoding,
     engine: HFEngine | VLLMEngine,
     seed: int,
-    facts: dict,
+    fingerprint: str,
     processes: Processes,
 ) -> list[list[int]] | None:
     """A response to each prompt, from <target>.partial where it is known already, and generated where it is not.
 
     Args:
         target: the file that the responses are for.
-        facts: whatever the responses depend on; partial results made with others are thrown away.
+        fingerprint: of all that the responses depend on; partial results with another are thrown away.
         processes: each generates its share and appends to a file of its own.
 
     Returns:
         Token ids by prompt, on the main process; None on others.
     """
     folder = target.with_name(f"{target.name}.partial")
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     marker = folder / "fingerprint"
     if processes.is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint):
         shutil.rmtree(folder, ignore_errors=True)
@@ -330,10 +334,6 @@ def main() -> None:
 
     # 1. Everything a user can get wrong, before any model loads.
     adapters = find_adapters(settings.peft_model_name)
-    jobs = [(adapter, evaluation, target_of(adapter, evaluation)) for adapter in adapters for evaluation in settings.evaluations]
-    for _, _, target in jobs:
-        if target.exists() and not settings.overwrite:
-            raise InputError(f"{target}: exists already (--overwrite=true replaces it)")
     decodings = {evaluation: read_decoding(settings, evaluation) for evaluation in settings.evaluations}
     trained = {
         path: read_json(path / "training_record.json")["settings"] if (path / "training_record.json").is_file() else {} for path in adapters
@@ -349,10 +349,11 @@ def main() -> None:
         baseline = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
         from reward_model import proxy_of_run
 
-        proxy = proxy_of_run(trained[adapters[0]])
-        proxy.check_reward()
-        needs = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
-        read_rows(settings.data_path, needs)
+        for path in adapters:
+            proxy = proxy_of_run(trained[path])
+            proxy.check_reward()
+            needs = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
+            read_rows(settings.data_path, needs)
     if "superni" in settings.evaluations:
         from superni import read_instances
 
@@ -369,38 +370,54 @@ def main() -> None:
         for path in adapters
     }
 
-    # 2. One engine for all checkpoints.
+    # 2. What there is to do: a file that is there already is either what this call would make, or in its way.
     import torch
 
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = []
+    for adapter in adapters:
+        weights = next((adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()), None)
+        if weights is None:
+            raise InputError(f"{adapter}: no adapter_model.safetensors, expected a checkpoint folder")
+        for evaluation in settings.evaluations:
+            template, decoding, target = templates[adapter], decodings[evaluation], target_of(adapter, evaluation)
+            if evaluation == "alpaca":
+                prompts = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+            else:
+                prompts = [superni_prompt(instance, template, tokenizer) for instance in instances]
+            facts = {
+                "base": settings.base_model_name,
+                "adapter": [file_digest(weights), file_digest(adapter / "adapter_config.json")],
+                "engine": [settings.engine, torch.device(device).type],
+                "decoding": asdict(decoding),
+                "seed": settings.seed,
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            }
+            fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            meta = target.with_suffix(".meta.json")
+            if target.exists() and not settings.overwrite:
+                if not meta.is_file() or read_json(meta).get("fingerprint") != fingerprint:
+                    raise InputError(f"{target}: exists already, made otherwise (--overwrite=true replaces it)")
+                print(f"{target}: is there already, made as it would be now")
+                continue
+            jobs.append((adapter, evaluation, target, prompts, fingerprint))
+    if not jobs:
+        return
+
+    # 3. One engine for all checkpoints.
     processes = start_processes()
     if settings.engine == "vllm":
         longest = 2048 + max(decoding.max_new_tokens for decoding in decodings.values())
         engine = VLLMEngine(settings.base_model_name, tokenizer, [str(path) for path in adapters], longest)
-        device = ""
     else:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = settings.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        engine = HFEngine(settings.base_model_name, tokenizer, device, settings.batch_size, settings.cache_dir or None)
+        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        own = own_gpu if device == "cuda" else device
+        engine = HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None)
 
-    # 3. Rollouts and files, checkpoint by checkpoint.
-    for adapter, evaluation, target in jobs:
+    # 4. Rollouts and files, checkpoint by checkpoint.
+    for adapter, evaluation, target, prompts, fingerprint in jobs:
         template, decoding = templates[adapter], decodings[evaluation]
-        if evaluation == "alpaca":
-            prompts = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
-        else:
-            prompts = [superni_prompt(instance, template, tokenizer) for instance in instances]
-        weights = next((adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()), None)
-        if weights is None:
-            raise InputError(f"{adapter}: no adapter_model.safetensors, expected a checkpoint folder")
-        facts = {
-            "base": settings.base_model_name,
-            "adapter": file_digest(weights),
-            "engine": engine.name,
-            "decoding": asdict(decoding),
-            "seed": settings.seed,
-            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        }
-        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, facts, processes)
+        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, fingerprint, processes)
         if responses is None:
             continue
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -416,12 +433,13 @@ def main() -> None:
             rows=len(prompts),
             eos_rate=statistics.fmean(response[-1] == tokenizer.eos_token_id for response in responses),
             response_tokens=statistics.fmean(map(len, responses)),
+            fingerprint=fingerprint,
             settings=asdict(settings),
         )
         if evaluation == "alpaca":
             rows = alpaca_rows(data, texts, adapter.name)
             if baseline:
-                record["baseline"] = compare_with_baseline(rows, baseline, data, trained[adapter], template, device)
+                record["baseline"] = compare_with_baseline(rows, baseline, data, trained[adapter], template, settings.device)
                 print(describe_comparison(record["baseline"]))
         else:
             from superni import score, summarise

@@ -153,13 +153,11 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     """
     from peft.tuners.lora import Linear as LoraLinear
 
-    def in_fp32(layer: torch.nn.Module) -> bool:
-        return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
-
     lora = [layer for layer in model.modules() if isinstance(layer, LoraLinear) and not layer.disable_adapters]
-    lora = [layer for layer in lora if in_fp32(layer.get_base_layer())]
+    # Variants of LoRA (DoRA ...) are more than a difference of weights.
+    lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32 and not layer.lora_variant]
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
-    packable = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and in_fp32(layer)]
+    packable = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and layer.packable()]
     try:
         with torch.no_grad():
             for layer in lora:
@@ -242,6 +240,7 @@ class HFEngine:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         with loading(base, "a causal language model"):
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
+        self.name_or_path = base
         self.model = use_onednn(model.to(device).eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -263,7 +262,8 @@ class HFEngine:
         """One response to each prompt from the base model with `adapter`, handed to `finished(place, token ids)` as it is done."""
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(self.model, adapter).eval()
+        with loading(adapter, f"an adapter of {self.name_or_path}"):
+            model = PeftModel.from_pretrained(self.model, adapter).eval()
         try:
             generate_responses(model, self.tokenizer, prompts, decoding, self.batch_size, seed, description, rows, finished)
         finally:
@@ -280,13 +280,17 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str], max_length: int) -> None:
+        from transformers import AutoConfig
+
         try:
             from vllm import LLM
         except ImportError as error:
             raise InputError(f"--engine vllm: {error}; expected an environment made with requirements-vllm.txt") from None
         ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
         rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
-        self.engine = LLM(model=base, enable_lora=True, max_lora_rank=rank, max_model_len=max_length)
+        with loading(base, "a model for vLLM"):
+            positions = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_length)
+            self.engine = LLM(model=base, enable_lora=True, max_lora_rank=rank, max_model_len=min(max_length, positions))
         self.tokenizer = tokenizer
         self.numbers = {adapter: number for number, adapter in enumerate(adapters, start=1)}
 

@@ -328,10 +328,10 @@ class FastPPOTrainer(PPOTrainer):
             responses=responses,
             kls=kls,
         )
+        stats["ppo/skipped_minibatches"] = torch.tensor(float(skipped))
         if self.is_distributed:
             stats = self.gather_stats(stats)
         stats = convert_to_scalar(stats_to_np(stats))
-        stats["ppo/skipped_minibatches"] = skipped
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         timing["time/ppo/calc_stats"] = time.time() - clock
         self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
@@ -421,7 +421,8 @@ class FastPPOTrainer(PPOTrainer):
         """Single numbers averaged over ranks; arrays stay those of this rank (their lengths differ)."""
         import torch.distributed as dist
 
-        names = [name for name, value in stats.items() if isinstance(value, torch.Tensor) and value.numel() == 1]
+        arrays = ("objective/kl_dist", "objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
+        names = [name for name, value in stats.items() if isinstance(value, torch.Tensor) and name not in arrays]
         together = torch.stack([stats[name].detach().double().reshape(()).to(self.accelerator.device) for name in names])
         dist.all_reduce(together, dist.ReduceOp.SUM)
         return {**stats, **dict(zip(names, (together / self.accelerator.num_processes).float().cpu()))}

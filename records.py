@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 REPOSITORY = Path(__file__).resolve().parent
 LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 QTYPES = ("OPENENDED", "CONSTRAINED")
@@ -209,8 +211,10 @@ def check_device(name: str) -> None:
         device = torch.device(name or "cpu")
     except RuntimeError:
         raise InputError(f"--device is {name!r}, expected cpu, cuda or another device of PyTorch") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {name!r}, and there is no GPU that PyTorch can use")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    here["xpu"] = torch.xpu.device_count() if hasattr(torch, "xpu") else 0
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise InputError(f"--device is {name!r}, and PyTorch finds no such device here")
 
 
 def adapter_base(adapter: str | Path) -> str:
@@ -236,10 +240,14 @@ def loading(name_or_path: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name_or_path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
+    except RuntimeError as error:  # torch's word for weights of other shapes
+        if "size mismatch" not in str(error):
+            raise
+        raise InputError(f"{name_or_path}: cannot be loaded as {what} (its weights have other shapes)") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

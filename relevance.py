@@ -43,8 +43,8 @@ def load_encoder(name_or_path: str, device: str | None = None, cache_dir: str | 
             config_kwargs=hub,
         )
     use_onednn(transformer.auto_model.requires_grad_(False))
-    positions = transformer.auto_model.config.max_position_embeddings
-    transformer.max_seq_length = min(transformer.tokenizer.model_max_length, positions)
+    limit = transformer.tokenizer.model_max_length
+    transformer.max_seq_length = min(limit, getattr(transformer.auto_model.config, "max_position_embeddings", limit))
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")], device=device)
 
 

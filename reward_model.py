@@ -392,8 +392,8 @@ class FunctionReward:
 
     def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
         """What the function says of a batch, as columns with "total" among them."""
-        given = {"prompts": batch["query"], "completions": batch["response"]}
-        given |= {name: list(column) for name, column in batch.items() if name not in ("query", "response")}
+        given = {name: list(column) for name, column in batch.items() if name not in ("query", "response")}
+        given |= {"prompts": list(batch["query"]), "completions": list(batch["response"])}
         for column in self.required_columns:
             if column not in batch:
                 raise InputError(f"reward function {self.name} asks for column '{column}', the rows have {', '.join(sorted(batch))}")
@@ -401,11 +401,13 @@ class FunctionReward:
         table = dict(result) if isinstance(result, Mapping) else {"total": result}
         if "total" not in table:
             raise InputError(f"reward function {self.name} returned columns {', '.join(table)}, expected 'total' among them")
-        table = {name: list(column) for name, column in table.items()}
         for name, column in table.items():
+            if isinstance(column, str) or not hasattr(column, "__len__") or not hasattr(column, "__iter__"):
+                raise InputError(f"reward function {self.name} returned {type(column).__name__} for {name}, expected a float a row")
             if len(column) != len(batch["response"]):
                 raise InputError(f"reward function {self.name}: {len(column)} values in {name}, expected {len(batch['response'])}")
-        table["total"] = require_finite(table["total"], f"reward function {self.name}")
+            if not all(isinstance(value, str) for value in column):  # texts may be shown beside; numbers are floats from here on
+                table[name] = require_finite(column, f"reward function {self.name}, {name}")
         return table
 
 

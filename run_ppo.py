@@ -31,7 +31,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import QTYPES, InputError, atomic_path, check_model_name, loading, provenance, read_json, read_rows, run_main, write_json
+from records import (
+    QTYPES,
+    InputError,
+    atomic_path,
+    check_model_name,
+    file_digest,
+    loading,
+    provenance,
+    read_json,
+    read_rows,
+    run_main,
+    write_json,
+)
 from reward_model import RewardSettings, reward_batch
 from settings import parse_settings, setting
 
@@ -84,7 +96,8 @@ class PPOSettings(RewardSettings):
     use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
     warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
     bf16: bool = setting(
-        False, "base weights and their arithmetic in bf16, LoRA and value head in fp32 (DeepSpeed's launch file says it itself)"
+        False,
+        "base weights and their arithmetic in bf16, LoRA and value head in fp32; not for DeepSpeed, whose launch file sets its own precision",
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
@@ -116,6 +129,12 @@ class PPOSettings(RewardSettings):
             raise InputError(
                 f"--batch_size is {self.batch_size}, expected a multiple of mini_batch_size * gradient_accumulation_steps = {optimizer_batch}"
             )
+        if self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise InputError("--batch_size is 1 on one process, expected at least 2: rewards are normalised by their deviation")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
+        if self.adap_kl_target <= 0 or self.adap_kl_horizon <= 0:
+            raise InputError("--adap_kl_target and --adap_kl_horizon must be more than 0")
         if self.learning_rate <= 0:
             raise InputError(f"--learning_rate is {self.learning_rate}, expected more than 0")
         if self.save_total_limit < 0:
@@ -410,6 +429,7 @@ def run_record(
         development=dev_means,
         start=start,
         reward_source=settings.reward_source(),
+        data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
         settings=asdict(settings),
     )
 
@@ -515,9 +535,13 @@ def main() -> None:
     if main_process:
         for path in in_the_way:
             shutil.rmtree(path)
+        left_over = checkpoints.interrupted(settings.output_dir)
+        if resumed != left_over:
+            shutil.rmtree(left_over, ignore_errors=True)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         keep_metrics_until(metrics_path, done if resumed else -1)
         write_json(metrics_path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
+        print(f"process {os.getpid()}: Ctrl-C or SIGTERM to it stops the run after the step that is under way")
     stop = StopRequest()
     if resumed is None:
         dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)

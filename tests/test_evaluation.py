@@ -107,6 +107,21 @@ def test_an_interrupted_evaluation_goes_on(tiny_model, checkpoints, eval_file, t
     assert {step: texts(checkpoints, step) for step in (2, 10)} == expected
 
 
+def test_finished_files_stay_and_others_are_in_the_way(tiny_model, checkpoints, eval_file):
+    command = [word for word in words(tiny_model, checkpoints, eval_file) if word != "--overwrite=true"]
+    done = run_script(*command, "--overwrite=true")
+    assert done.returncode == 0, done.stderr
+    (checkpoints / "run_step_10" / "alpaca-eval-run_step_10.json").unlink()  # as if the call had been interrupted in between
+    before = (checkpoints / "run_step_2" / "alpaca-eval-run_step_2.json").stat().st_mtime_ns
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    assert "alpaca-eval-run_step_2.json: is there already, made as it would be now" in done.stdout
+    assert (checkpoints / "run_step_2" / "alpaca-eval-run_step_2.json").stat().st_mtime_ns == before
+    assert len(texts(checkpoints, 10)) == 6
+    other = run_script(*command, "--seed=1")
+    assert other.returncode == 2 and "run_step_2.json: exists already, made otherwise (--overwrite=true" in other.stderr
+
+
 def test_a_baseline_is_compared_row_by_row(tiny_model, checkpoints, eval_file, tmp_path):
     baseline = tmp_path / "baseline.json"
     rows = [{"instruction": row["input"], "output": "" if number < 4 else "word " * 500} for number, row in enumerate(ROWS)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from eval_monotonicity import (
     MonotonicitySettings,
+    correlations,
+    describe,
     find_checkpoints,
     paired_difference,
     read_gold_scores,
-    require_variety,
     warn_of_changed_code,
 )
 from records import InputError
@@ -92,9 +94,40 @@ def test_a_run_against_a_reward_model_is_judged_by_the_full_design(tmp_path, cap
     assert "judged by the full proxy design" in capsys.readouterr().out
 
 
-def test_equal_means_have_no_rank_correlation():
-    with pytest.raises(InputError, match="the same mean proxy score 0.5: SpearmanR is undefined"):
-        require_variety("proxy", {1: 0.5, 2: 0.5, 3: 0.5})
+def test_curves_that_do_not_move_have_no_correlation(tmp_path):
+    steps, proxy, gold = [1, 2, 3], np.array([[0.5, 0.5]] * 3), np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]])
+    found = correlations(steps, proxy, gold, True, [None, None])
+    assert found["spearman"] is None and found["pvalue"] is None and found["turning_point"] is None
+    assert "SpearmanR is undefined" in describe(found, steps, True)
+
+
+def test_what_is_said_of_two_curves():
+    steps = [10, 20, 30]
+    proxy = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [3.0, 4.0, 5.0]])
+    gold = np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0], [2.0, 4.0, 2.5]])
+    found = correlations(steps, proxy, gold, True, ["OPENENDED", "OPENENDED", "CONSTRAINED"])
+    assert found["spearman"] == pytest.approx(0.5) and found["exact_pvalue"] == 1.0 and found["kendall"] == pytest.approx(1 / 3)
+    assert found["by_qtype"] == {
+        "OPENENDED": {"spearman": pytest.approx(0.5), "rows": 2},
+        "CONSTRAINED": {"spearman": pytest.approx(-0.5), "rows": 1},
+    }
+    assert found["agreement"] == {"share": pytest.approx(2 / 3), "rows": 3} and found["turning_point"] == 20
+    said = describe(found, steps, True)
+    assert said.startswith("SignificanceResult(statistic=0.5, pvalue=")
+    assert "p over all orders of them 1, Kendall's tau 0.333" in said and "over-optimisation from there on" in said
+    only_means = correlations(steps, proxy, gold.mean(axis=1, keepdims=True), False, [None] * 3)
+    assert only_means["spearman"] == pytest.approx(0.5) and "interval" not in only_means
+
+
+def test_rollouts_drawn_otherwise_are_refused(tmp_path):
+    settings = make_run(tmp_path, [500, 1000, 1500])
+    for step, temperature in ((500, 0.7), (1000, 0.7), (1500, 1.0)):
+        meta = tmp_path / f"run_step_{step}" / f"alpaca-eval-run_step_{step}.meta.json"
+        meta.write_text(json.dumps({"decoding": {"temperature": temperature}}), encoding="utf-8")
+    with pytest.raises(
+        InputError, match="run_step_1500.json: decoding is {'temperature': 1.0}, expected {'temperature': 0.7} as at step 500"
+    ):
+        find_checkpoints(settings)
 
 
 def test_gold_tables(tmp_path):

@@ -109,7 +109,14 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
     rows = left_alone / "rows.json"
     other = run_script(*words(tiny_model, rows, tmp_path / "tiny", learning_rate="2e-3"))
     assert other.returncode == 2
-    assert "learning_rate was 0.001 and is 0.002" in other.stderr and "--allow_changed_settings=true" in other.stderr
+    assert "learning_rate cannot change within a run" in other.stderr
+    other = run_script(*words(tiny_model, rows, tmp_path / "tiny", ppo_epochs=2))
+    assert other.returncode == 2
+    assert "ppo_epochs was 6 and is 2" in other.stderr and "--allow_changed_settings=true" in other.stderr
+    more_rows = tmp_path / "more.json"
+    more_rows.write_text(json.dumps([*ROWS, ROWS[0]]), encoding="utf-8")
+    other = run_script(*words(tiny_model, more_rows, tmp_path / "tiny"))
+    assert other.returncode == 2 and "more.json has changed since" in other.stderr
     fresh = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=""))
     assert fresh.returncode == 2 and "tiny_step_0: exists already" in fresh.stderr and "--resume_from_checkpoint=auto" in fresh.stderr
     nowhere = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path))

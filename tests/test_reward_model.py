@@ -413,6 +413,9 @@ def test_a_reward_function_needs_a_file_and_a_name():
         ("return [1.0, None]", "row 2 has the value None, expected a finite number"),
         ("return [float('inf'), 0.0]", "row 1 has the value inf"),
         ("return {'size': [1, 2]}", "returned columns size, expected 'total'"),
+        ("pass", "returned NoneType for total, expected a float a row"),
+        ("return 3.0", "returned float for total, expected a float a row"),
+        ("return {'size': [1, float('nan')], 'total': [1, 2]}", "size: row 2 has the value nan"),
     ],
 )
 def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):

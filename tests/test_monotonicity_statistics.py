@@ -1,0 +1,70 @@
+"""The statistics of two curves, with literal numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from monotonicity import agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
+
+
+def test_correlations():
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)  # five pairs agree, one does not
+    assert spearman([1, 1, 1], [1, 2, 3]) is None and kendall([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold"), [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4, 5], [2, 1, 3, 5, 4]), ([1.0, 2.0, 2.0, 3.0, 9.0, 7.0], [5, 4, 6, 6, 8, 7])]
+)
+def test_the_exact_p_counts_the_orders(proxy, gold):
+    observed = abs(spearmanr(proxy, gold).statistic)
+    orders = list(itertools.permutations(gold))
+    extreme = sum(abs(spearmanr(proxy, order).statistic) >= observed - 1e-9 for order in orders)
+    assert permutation_pvalue(proxy, gold) == pytest.approx(extreme / len(orders))
+
+
+def test_known_p_values():
+    assert permutation_pvalue([1, 2, 3], [1, 2, 3]) == pytest.approx(2 / 6)  # the smallest that three checkpoints can give
+    assert permutation_pvalue(range(7), range(7)) == pytest.approx(2 / 5040)
+    many = permutation_pvalue(np.arange(15), np.arange(15))
+    assert 0 < many < 1e-4  # drawn, not counted: never 0
+    assert permutation_pvalue([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_the_bootstrap_over_prompts():
+    rows = np.arange(40) / 40
+    proxy = np.stack([rows, rows + 1, rows + 2, rows + 3])
+    assert bootstrap_interval(proxy, 2 * proxy) == (1.0, 1.0)
+    assert bootstrap_interval(proxy, -proxy) == (-1.0, -1.0)
+    noise = np.random.default_rng(1).normal(size=(4, 40))
+    low, high = bootstrap_interval(proxy, noise)
+    assert -1 <= low < spearman(proxy.mean(axis=1), noise.mean(axis=1)) < high <= 1
+    assert bootstrap_interval(proxy, noise) == (low, high)  # seeded
+    assert bootstrap_interval(np.zeros((4, 40)), noise) is None
+    low, high = curve_band(noise)
+    error = noise.std(axis=1) / np.sqrt(40)
+    np.testing.assert_allclose(low, noise.mean(axis=1) - 1.96 * error, atol=0.06)
+    np.testing.assert_allclose(high, noise.mean(axis=1) + 1.96 * error, atol=0.06)
+
+
+def test_agreement_prompt_by_prompt():
+    proxy = np.array([[0.0, 0.0, 0.0, 0.0], [9, 9, 9, 9], [1.0, -1.0, 1.0, 0.0]])
+    gold = np.array([[0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], [2.0, -3.0, -1.0, 5.0]])
+    assert agreement(proxy, gold) == {"share": pytest.approx(2 / 3), "rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold", "step"),
+    [
+        ([1, 2, 3, 4], [1, 3, 2, 1], 20),
+        ([1, 2, 3, 4], [1, 2, 3, 4], None),
+        ([1, 9, 3, 4], [1, 3, 2, 1], None),
+        ([1, 2, 3, 4], [5, 3, 2, 1], 10),
+    ],
+)
+def test_where_gold_turns(proxy, gold, step):
+    assert turning_point([10, 20, 30, 40], np.array(proxy), np.array(gold)) == step
