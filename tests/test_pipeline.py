@@ -221,7 +221,6 @@ BAD_PPO = {
     "no model": ({"model_name": "outputs/none"}, "outputs/none: no such folder, expected a model's folder or its hub name"),
     "no reward model": ({"reward_model_name": "outputs/none"}, "outputs/none: no such folder"),
     "negative learning rate": ({"learning_rate": "-1"}, "--learning_rate is -1.0, expected more than 0"),
-    "unknown LoRA target": ({"lora_target_modules": "w_q"}, "cannot be loaded as a policy with LoRA on w_q (Target modules"),
     "unreachable model": ({"model_name": "owner/unreachable"}, "owner/unreachable: cannot be loaded as a tokenizer"),
     "unknown tracker": ({"log_with": "paper"}, "--log_with is 'paper', expected tensorboard, wandb, none"),
 }
@@ -238,6 +237,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_model, rows_file, tmp_path, 
     assert code == 2
     lines = stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not list(tmp_path.glob("tiny*"))
+
+
+def test_lora_on_modules_that_are_not_there(tiny_model, rows_file, tmp_path):
+    done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny", lora_target_modules="w_q"))
+    assert done.returncode == 2
+    assert "cannot be loaded as a policy with LoRA on w_q (Target modules" in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.glob("tiny*"))
 
 
