@@ -139,6 +139,14 @@ def prune(output_dir: str, limit: int) -> None:
             shutil.rmtree(path)
 
 
+def sweep(output_dir: str) -> None:
+    """Remove what saves that were killed left beside their places."""
+    output = Path(output_dir)
+    for kind in ("step_*", "interrupted"):
+        for path in output.parent.glob(f".{output.name}_{kind}.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _card(record: dict) -> str:
     settings = record["settings"]
     if settings["reward_function"]:

@@ -538,6 +538,7 @@ def main() -> None:
         left_over = checkpoints.interrupted(settings.output_dir)
         if resumed != left_over:
             shutil.rmtree(left_over, ignore_errors=True)
+        checkpoints.sweep(settings.output_dir)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         keep_metrics_until(metrics_path, done if resumed else -1)
         write_json(metrics_path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))

@@ -72,6 +72,7 @@ def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tm
         time.sleep(moments.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    (tmp_path / ".tiny_step_6.abc" / "tiny_step_6").mkdir(parents=True)  # as a save leaves it that was killed
     process = start(command)
     wait_for_steps(process, tmp_path / "tiny", 5)
     process.send_signal(signal.SIGTERM)
@@ -83,7 +84,7 @@ def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tm
         done = run_script(*command)
         assert done.returncode == 0, done.stderr
         assert "resumed from" in done.stdout and "at step 5" in done.stdout
-    assert not (tmp_path / "tiny_interrupted").exists()
+    assert not (tmp_path / "tiny_interrupted").exists() and not list(tmp_path.glob(".tiny*"))
     assert without_times(tmp_path / "tiny") == without_times(left_alone / "tiny")
     for step in (0, 2, 4, 6):
         name = f"tiny_step_{step}"
