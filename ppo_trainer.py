@@ -69,8 +69,10 @@ class _TokenLogProbs(torch.autograd.Function):
             chosen = logits.gather(1, labels[part, None])
             normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
             logprobs[part] = (chosen - normaliser).squeeze(1)
-            probabilities = torch.exp(logits - normaliser)
-            entropies[part] = normaliser.squeeze(1) - torch.einsum("tv,tv->t", probabilities, logits)
+            logits -= normaliser
+            probabilities = logits.exp()
+            # Summed product by product: normaliser minus mean logit would lose three digits to cancellation.
+            entropies[part] = -(probabilities * logits).sum(dim=1)
             if wants_gradient:
                 by_logit = probabilities.neg_().scatter_add_(1, labels[part, None], torch.ones_like(chosen))
                 if slope is not None:
