@@ -143,8 +143,7 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
         return [{"qtype": row.get("qtype")} for row in rows]
     if not path:
         raise InputError("--data_path is missing: the proxy reads references, and no record beside the rollouts says where they are")
-    wanted = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
-    return match_rows(path, [row["instruction"] for row in rows], wanted, str(rollouts_path(checkpoints[0].folder)))
+    return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(rollouts_path(checkpoints[0].folder)))
 
 
 def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:

@@ -17,6 +17,7 @@ what lies in <file>.partial.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -32,7 +33,6 @@ from typing import TYPE_CHECKING
 import yaml
 
 from records import (
-    QTYPES,
     REPOSITORY,
     InputError,
     check_device,
@@ -352,8 +352,7 @@ def main() -> None:
         for path in adapters:
             proxy = proxy_of_run(trained[path])
             proxy.check_reward()
-            needs = {**({"output": None} if proxy.reads_references else {}), **({"qtype": QTYPES} if proxy.reads_qtypes else {})}
-            read_rows(settings.data_path, needs)
+            read_rows(settings.data_path, proxy.dataset_fields)
     if "superni" in settings.evaluations:
         from superni import read_instances
 
@@ -365,26 +364,29 @@ def main() -> None:
     from generation import HFEngine, VLLMEngine, load_tokenizer
 
     tokenizer = load_tokenizer(trained[adapters[0]].get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
-    templates = {
-        path: load_template(settings.chat_template_name or trained[path].get("chat_template_name", "alpaca"), tokenizer)
-        for path in adapters
-    }
+    names = {path: settings.chat_template_name or trained[path].get("chat_template_name", "alpaca") for path in adapters}
+    by_name = {name: load_template(name, tokenizer) for name in set(names.values())}
 
     # 2. What there is to do: a file that is there already is either what this call would make, or in its way.
     import torch
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @functools.cache
+    def prompts_of(evaluation: str, template_name: str) -> list[list[int]]:
+        template = by_name[template_name]
+        if evaluation == "alpaca":
+            return encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+        return [superni_prompt(instance, template, tokenizer) for instance in instances]
+
     jobs = []
     for adapter in adapters:
         weights = next((adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()), None)
         if weights is None:
             raise InputError(f"{adapter}: no adapter_model.safetensors, expected a checkpoint folder")
         for evaluation in settings.evaluations:
-            template, decoding, target = templates[adapter], decodings[evaluation], target_of(adapter, evaluation)
-            if evaluation == "alpaca":
-                prompts = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
-            else:
-                prompts = [superni_prompt(instance, template, tokenizer) for instance in instances]
+            decoding, target = decodings[evaluation], target_of(adapter, evaluation)
+            prompts = prompts_of(evaluation, names[adapter])
             facts = {
                 "base": settings.base_model_name,
                 "adapter": [file_digest(weights), file_digest(adapter / "adapter_config.json")],
@@ -416,7 +418,7 @@ def main() -> None:
 
     # 4. Rollouts and files, checkpoint by checkpoint.
     for adapter, evaluation, target, prompts, fingerprint in jobs:
-        template, decoding = templates[adapter], decodings[evaluation]
+        template, decoding = by_name[names[adapter]], decodings[evaluation]
         responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, fingerprint, processes)
         if responses is None:
             continue

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from cpu_linear import OneDNNLinear, use_onednn
 from records import InputError, loading, read_json
@@ -36,8 +37,6 @@ class Decoding:
         """
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        from transformers import TopKLogitsWarper, TopPLogitsWarper
-
         logits = logits.float() / self.temperature
         if self.top_k:
             logits = TopKLogitsWarper(self.top_k)(None, logits)

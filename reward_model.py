@@ -469,6 +469,12 @@ class RewardSettings:
     def reads_references(self) -> bool:
         return self.is_proxy and (self.reads_qtypes or self.rouge_l or self.bleu)
 
+    @property
+    def dataset_fields(self) -> dict[str, tuple[str, ...] | None]:
+        """What each row must carry for this reward, as `read_rows` takes it."""
+        fields = {"output": None} if self.reads_references else {}
+        return {**fields, "qtype": QTYPES} if self.reads_qtypes else fields
+
     def check_reward(self) -> None:
         """Raises InputError for what can be known to be unusable before a model loads."""
         if self.reward_function:
@@ -559,7 +565,7 @@ def main() -> None:
     # 1. Everything a user can get wrong, before any model loads.
     fields = {"instruction": None, "output": None}
     rollouts = {path: read_rows(path, fields) for path in settings.files}
-    known = {**({"output": None} if settings.reads_references else {}), **({"qtype": QTYPES} if settings.reads_qtypes else {})}
+    known = settings.dataset_fields
     if known and not settings.data_path:
         raise InputError("--data_path is missing, expected the rows' qtype and reference (or --reward_branching=false)")
     batches = {}

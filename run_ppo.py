@@ -13,8 +13,8 @@ On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published 
         --learning_rate=1e-5 --lora_r=8 --lora_alpha=16 --lora_dropout=0.05 --reward_model_batch_size 8 \\
         --length_incentive=true --repetition_penalty=true --relevance_scaling=true --reward_branching=true
 
-The algorithm is TRL 0.9.6's `PPOTrainer`, made faster in `ppo_trainer.py`. Checkpoints (a PEFT adapter, the value head, a record of the run, the development
-rollouts) go to <output_dir>_step_<k>, the start included as step 0; metrics to <logging_dir>/metrics.jsonl and to the tracker.
+The algorithm is TRL 0.9.6's `PPOTrainer`, made faster in `ppo_trainer.py`. Checkpoints (`checkpoints.py` says what is in one) go to
+<output_dir>_step_<k>, the start included as step 0; metrics to <logging_dir>/metrics.jsonl and to the tracker.
 """
 
 from __future__ import annotations
@@ -165,12 +165,7 @@ def read_prompts(path: str, settings: PPOSettings, tokenizer: PreTrainedTokenize
     """Read rows, render and tokenize their prompts. Raises InputError for an unusable row or a prompt that is too long."""
     from chat_templates import encode_prompts
 
-    fields = {
-        "input": None,
-        **({"output": None} if settings.reads_references else {}),
-        **({"qtype": QTYPES} if settings.reads_qtypes else {}),
-    }
-    rows = read_rows(path, fields)
+    rows = read_rows(path, {"input": None, **settings.dataset_fields})
     prompts = []
     encoded = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
     for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):

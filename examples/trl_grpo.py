@@ -1,4 +1,4 @@
-"""The proxy reward in TRL's GRPO (and any other trainer of it that takes `reward_funcs`, RLOO for one), for trl>=1.16 in an environment of its own.
+"""The proxy reward in TRL's GRPO, for trl>=1.16 in an environment of its own.
 
     python -m venv .venv-adapters && .venv-adapters/bin/pip install -r examples/requirements.txt
     .venv-adapters/bin/python examples/trl_grpo.py --model models/SmolLM2-135M-Instruct --data data/train.json --max_steps 2
