@@ -7,12 +7,42 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 EXACT_UP_TO = 10  # checkpoints: 10! orders are counted in a second
 RESAMPLES = 100_000
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run's checkpoints with their responses and scores, rows being the prompts, in one order throughout.
+
+    Args:
+        name: the run's name (`--model_prefix`).
+        steps: [checkpoints] PPO steps, rising.
+        instructions, qtypes, references: [rows]; the last two None where a row has none.
+        responses: [checkpoints][rows] texts.
+        components: feature to [checkpoints, rows]; NaN where a row's branch does not use it.
+        proxy: [checkpoints, rows].
+        gold: gold's name to [checkpoints, rows], or [checkpoints, 1] where only means are known.
+        kl: [checkpoints] mean KL from the start in nats per response; None where no log has it.
+        found: gold's name to what `correlations` found.
+    """
+
+    name: str
+    steps: list[int]
+    instructions: list[str]
+    qtypes: list[str | None]
+    references: list[str | None]
+    responses: list[list[str]]
+    components: dict[str, np.ndarray]
+    proxy: np.ndarray
+    gold: dict[str, np.ndarray]
+    kl: list[float | None]
+    found: dict[str, dict] = field(default_factory=dict)
 
 
 def spearman(proxy: np.ndarray, gold: np.ndarray) -> float | None:
