@@ -3,10 +3,10 @@
     python train_gold_rm.py --preferences preferences.jsonl.gz --output_dir outputs/gold_rm
     python train_gold_rm.py --preferences FILE --evaluate_only=true --output_dir assets/demo_gold_rm   # held-out accuracy alone
 
-Each row of the preferences: {"instruction", "output_1", "output_2", "preference": 1 or 2}. Prompts are held out whole, by a hash
-of their text. In most preference data the longer answer wins, and a model trained on it as it is learns little else: training
-pairs are therefore balanced so that the longer answer wins half of them, and part of the pairs set the preferred answer
-against a damaged text (another prompt's answer, a repetition, a cut).
+Each row of the preferences: {"instruction", "output_1", "output_2", "preference": 1 or 2}, and "generator_1", "generator_2" where
+systems are held out. Prompts are held out whole, by a hash of their text. In most preference data the longer answer wins, and a
+model trained on it as it is learns little else: training pairs are therefore balanced so that the longer answer wins half of them,
+and each comes with a third, damaged text: another prompt's answer, or the preferred one repeating itself or cut short.
 
 The result is a PEFT adapter folder that `gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
 the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
@@ -20,18 +20,19 @@ import random
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, atomic_path, provenance, read_rows, run_main, write_json
+from records import InputError, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-DAMAGES = ("another prompt's answer", "repetition", "cut")
+FOREIGN, REPETITION, CUT = DAMAGES = ("another prompt's answer", "repetition", "cut")
 
 
 @dataclass
@@ -40,15 +41,15 @@ class GoldTrainingSettings:
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
-    pairs: int = setting(3000, "training pairs (one epoch)")
-    damaged_share: float = setting(0.25, "share of the training pairs whose worse answer is a damaged text")
+    pairs: int = setting(2000, "training pairs (one epoch), each with a damaged text")
     heldout_share: float = setting(0.15, "share of the prompts held out")
-    heldout_pairs: int = setting(600, "held-out pairs that the accuracy is measured on")
-    max_length: int = setting(320, "longest conversation in tokens, truncated on the left")
+    heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
+    heldout_pairs: int = setting(400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged")
+    max_length: int = setting(320, "longest conversation in tokens; training leaves pairs with a longer one out")
     batch_size: int = setting(8, "pairs per optimiser step")
     learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly")
     lora_r: int = setting(8, "LoRA rank")
-    lora_layers: int = setting(10, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
+    lora_layers: int = setting(16, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
     seed: int = setting(42, "seed of pair selection and training")
@@ -63,6 +64,7 @@ class Pair:
     chosen: str
     rejected: str
     kind: str = "preference"
+    systems: tuple[str, ...] = ()
 
     @property
     def longer_wins(self) -> bool:
@@ -83,7 +85,8 @@ def read_pairs(path: str) -> list[Pair]:
             raise InputError(f"{path}: row {number}: field 'preference' is {row.get('preference')!r}, expected 1 or 2")
         answers = (row["output_1"], row["output_2"])
         chosen = answers[row["preference"] - 1]
-        pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]]))
+        systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
+        pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]], systems=systems))
     return pairs
 
 
@@ -95,52 +98,50 @@ def is_heldout(instruction: str, share: float) -> bool:
 
 def damage(pair: Pair, other_answer: str, kind: str, rng: random.Random) -> Pair:
     """`pair` with its worse answer replaced by a damaged text."""
-    if kind == "another prompt's answer":
+    if kind == FOREIGN:
         rejected = other_answer
     else:
         words = pair.chosen.split(" ")
         kept = words[: max(1, int(len(words) * rng.uniform(0.2, 0.6)))]
         rejected = " ".join(kept)
-        if kind == "repetition":
+        if kind == REPETITION:
             phrase = " ".join(kept[-rng.randint(3, 25) :])
             while len(rejected) < len(pair.chosen):
                 rejected += " " + phrase
     return Pair(pair.instruction, pair.chosen, rejected, kind)
 
 
-def select_pairs(pairs: list[Pair], count: int, damaged_share: float, rng: random.Random) -> list[Pair]:
-    """`count` training pairs: half of the preferences with the longer answer winning, and `damaged_share` of damaged ones."""
-    pairs = rng.sample(pairs, len(pairs))
-    damaged_count = round(count * damaged_share)
-    long_wins, short_wins = [pair for pair in pairs if pair.longer_wins], [pair for pair in pairs if not pair.longer_wins]
-    each = min((count - damaged_count) // 2, len(long_wins), len(short_wins))
-    balanced = long_wins[:each] + short_wins[:each]
-    return balanced + damaged_pairs(pairs[:damaged_count], rng)
-
-
-def damaged_pairs(pairs: list[Pair], rng: random.Random) -> list[Pair]:
-    """Every pair damaged, the kinds of damage in turn; the foreign answer comes from the next pair of another prompt."""
+def damaged_pairs(pairs: list[Pair], kinds: Sequence[str], rng: random.Random) -> list[Pair]:
+    """Every pair damaged, `kinds` in turn; the foreign answer is the preferred one of the next pair of another prompt."""
     result = []
     for number, pair in enumerate(pairs):
         others = (pairs[(number + step) % len(pairs)] for step in range(1, len(pairs)))
         other = next((other.chosen for other in others if other.instruction != pair.instruction), None)
-        kind = DAMAGES[number % len(DAMAGES)] if other is not None else "cut"
-        damaged = damage(pair, other or "", kind, rng)
-        if damaged.rejected != damaged.chosen:
-            result.append(damaged)
+        result.append(damage(pair, other or "", kinds[number % len(kinds)] if other is not None else CUT, rng))
     return result
 
 
-def encode_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    """Token ids of both conversations of each pair; "length" is what batches are grouped by."""
-    from gold_models import encode_conversation
+def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rng: random.Random) -> list[Pair]:
+    """`count` pairs that fit, drawn at random, the longer answer winning one half and the shorter the other, in random order."""
+    pairs = rng.sample(pairs, len(pairs))
+    halves = [list(islice((pair for pair in pairs if pair.longer_wins is longer and fits(pair)), count // 2)) for longer in (True, False)]
+    each = min(map(len, halves))
+    return rng.sample(halves[0][:each] + halves[1][:each], 2 * each)
 
-    encoded = []
-    for pair in pairs:
-        chosen = encode_conversation(tokenizer, pair.instruction, pair.chosen, max_length)
-        rejected = encode_conversation(tokenizer, pair.instruction, pair.rejected, max_length)
-        encoded.append({"chosen": chosen, "rejected": rejected, "length": max(len(chosen), len(rejected))})
-    return encoded
+
+def encode_rankings(pairs: list[Pair], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
+    """Each pair with a damaged text, as token ids [chosen, rejected, damaged] and the comparisons (better, worse) among them.
+
+    Most damages are foreign answers, the hardest to tell; those are worse than the rejected answer too.
+    """
+    rankings = []
+    for pair, damaged in zip(pairs, damaged_pairs(pairs, (FOREIGN, REPETITION, FOREIGN, CUT, FOREIGN), rng)):
+        sequences = [encode(pair.instruction, text) for text in (pair.chosen, pair.rejected, damaged.rejected)]
+        comparisons = [(0, 1)]
+        if damaged.rejected != pair.chosen:
+            comparisons += [(0, 2), (1, 2)] if damaged.kind == FOREIGN else [(0, 2)]
+        rankings.append({"sequences": sequences, "comparisons": comparisons, "length": max(map(len, sequences))})
+    return rankings
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -150,46 +151,77 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Te
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-def accuracies(pairs: list[Pair], margins: list[float]) -> dict[str, dict[str, float]]:
+def heldout_sample(pairs: list[Pair], count: int) -> list[Pair]:
+    """What accuracy is measured on: `count` random pairs, `count // 2` more of similar length, `count // 2` damaged ones."""
+    rng = random.Random(0)
+    pairs = rng.sample(pairs, len(pairs))
+    measured, rest = pairs[:count], pairs[count:]
+    similar = [replace(pair, kind="similar length") for pair in rest if pair.similar_length][: count // 2]
+    return measured + similar + [pair for pair in damaged_pairs(measured[: count // 2], DAMAGES, rng) if pair.rejected != pair.chosen]
+
+
+def accuracies(pairs: list[Pair], margins: list[float], heldout_systems: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Share of positive margins with its n: all preferences, those of similar length, by whether the longer wins, each damage."""
-    preferences = [(pair, margin) for pair, margin in zip(pairs, margins) if pair.kind == "preference"]
+    rows = list(zip(pairs, margins))
+    preferences = [row for row in rows if row[0].kind == "preference"]
     groups = {
         "all preferences": preferences,
-        "lengths within 25%": [row for row in preferences if row[0].similar_length],
+        "of systems never trained on": [row for row in preferences if set(row[0].systems) & set(heldout_systems)],
+        "lengths within 25%": [row for row in rows if row[0].kind in ("preference", "similar length") and row[0].similar_length],
         "longer answer preferred": [row for row in preferences if row[0].longer_wins],
         "shorter answer preferred": [row for row in preferences if not row[0].longer_wins],
     }
     for kind in DAMAGES:
-        groups[f"against {kind}"] = [row for row in zip(pairs, margins) if row[0].kind == kind]
-    return {name: {"accuracy": sum(margin > 0 for _, margin in rows) / len(rows), "n": len(rows)} for name, rows in groups.items() if rows}
+        groups[f"against {kind}"] = [row for row in rows if row[0].kind == kind]
+    return {
+        name: {"accuracy": sum(margin > 0 for _, margin in group) / len(group), "n": len(group)} for name, group in groups.items() if group
+    }
 
 
-def heldout_accuracies(adapter: str, pairs: list[Pair], max_length: int, batch_size: int) -> dict[str, dict[str, float]]:
-    """Accuracies of a saved adapter, scored through the same class that the gold stage uses."""
+def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
+    """Accuracies of the saved adapter, on whole texts, scored through the same class that the gold stage uses."""
     from tqdm import tqdm
 
     from gold_models import SequenceClassificationRMForInference
 
-    gold = SequenceClassificationRMForInference(adapter, batch_size=batch_size, max_length=max_length)
-    margins = []
-    for start in tqdm(range(0, len(pairs), 50), desc="held-out pairs", unit="batch"):
-        rows = pairs[start : start + 50]
-        queries, both = [row.instruction for row in rows] * 2, [row.chosen for row in rows] + [row.rejected for row in rows]
-        scores = gold.get_reward({"query": queries, "response": both})
-        margins += [chosen - rejected for chosen, rejected in zip(scores[: len(rows)], scores[len(rows) :])]
-    return accuracies(pairs, margins)
+    gold = SequenceClassificationRMForInference(settings.output_dir, batch_size=settings.batch_size)
+    texts = list(dict.fromkeys((pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
+    texts.sort(key=lambda text: len(text[0] + text[1]))
+    scores = {}
+    for start in tqdm(range(0, len(texts), 64), desc="held-out texts", unit="batch"):
+        rows = texts[start : start + 64]
+        scores |= zip(rows, gold.get_reward({"query": [query for query, _ in rows], "response": [text for _, text in rows]}))
+    margins = [scores[pair.instruction, pair.chosen] - scores[pair.instruction, pair.rejected] for pair in pairs]
+    return accuracies(pairs, margins, settings.heldout_systems)
 
 
 def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
-    """Train on `pairs` and write the adapter to `settings.output_dir`."""
+    """Train on a balanced choice of `pairs` and write the adapter to `settings.output_dir`."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+    from gold_models import encode_conversation
+
     set_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name)
-    model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1)
+    rng = random.Random(settings.seed)
+    with loading(settings.model_name, "a language model"):
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_name)
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1)
+
+    def encode(instruction: str, text: str) -> list[int]:
+        return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
+
+    def fits(pair: Pair) -> bool:
+        return all(len(encode(pair.instruction, text)) <= settings.max_length for text in (pair.chosen, pair.rejected))
+
+    selected = select_pairs(pairs, settings.pairs, fits, rng)
+    if not selected:
+        raise InputError(
+            f"{settings.preferences}: no pairs within {settings.max_length} tokens in which now the longer, now the shorter wins"
+        )
+    print(f"{len(selected)} training pairs")
     layers = model.config.num_hidden_layers
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -203,16 +235,20 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     pad = model.config.pad_token_id
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        sequences = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        # A foreign answer may be longer than its pair: it loses its end.
+        sequences = [sequence[: settings.max_length] for row in rows for sequence in row["sequences"]]
+        starts = range(0, len(sequences), 3)
+        comparisons = [[start + place for place in pair] for start, row in zip(starts, rows) for pair in row["comparisons"]]
         longest = max(map(len, sequences))
         ids = torch.tensor([sequence + [pad] * (longest - len(sequence)) for sequence in sequences])
         mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": mask, "comparisons": torch.tensor(comparisons)}
 
     class BradleyTerryTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            better, worse = inputs.pop("comparisons").T
             scores = model(**inputs).logits.squeeze(-1).float()
-            loss = bradley_terry_loss(*scores.chunk(2))
+            loss = bradley_terry_loss(scores[better], scores[worse])
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}")
             return (loss, scores) if return_outputs else loss
@@ -237,7 +273,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    dataset = Dataset.from_list(encode_pairs(pairs, tokenizer, settings.max_length))
+    dataset = Dataset.from_list(encode_rankings(selected, encode, rng))
     trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     trainer.train(resume_from_checkpoint=any(unfinished.glob("checkpoint-*")))
     with atomic_path(settings.output_dir) as temporary:
@@ -254,11 +290,11 @@ Settings, seed, commit and package versions: `training_record.json`.
 
 **Command.** `{command}`
 
-**Training pairs.** {settings.pairs}, one epoch; half of the preferences with the longer answer preferred and half with the shorter, as far as
-the data holds them; {share:.0%} of the pairs set the preferred answer against a damaged text. Conversations are cut on the left at
-{settings.max_length} tokens.
+**Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens: one half with the longer answer
+preferred, the other with the shorter. Each comes with a third text that must score lower: another prompt's answer (three in five), the
+preferred answer repeating itself, or cut short. Systems never trained on: {systems}.
 
-**Held-out accuracy** (prompts that training never saw; a pair counts as right when the preferred answer scores higher):
+**Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher):
 
 | pairs | accuracy | n |
 |---|---|---|
@@ -270,7 +306,11 @@ def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, flo
     """Write the model card, in place of the empty form that PEFT leaves."""
     rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['n']} |" for name, row in measured.items())
     card = CARD.format(
-        settings=settings, command=shlex.join(["python", *sys.argv]), note=settings.data_note, share=settings.damaged_share, rows=rows
+        settings=settings,
+        command=shlex.join(["python", *sys.argv]),
+        note=settings.data_note,
+        systems=", ".join(settings.heldout_systems) or "none",
+        rows=rows,
     )
     with atomic_path(Path(settings.output_dir) / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
@@ -280,18 +320,25 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(GoldTrainingSettings, description=__doc__)
     pairs = read_pairs(settings.preferences)
-    rng = random.Random(settings.seed)
+    check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
+    known = {system for pair in pairs for system in pair.systems}
+    for system in settings.heldout_systems:
+        if system not in known:
+            raise InputError(f"--heldout_systems: no row of {settings.preferences} has the generator {system!r}")
     heldout = [pair for pair in pairs if is_heldout(pair.instruction, settings.heldout_share)]
-    training = [pair for pair in pairs if not is_heldout(pair.instruction, settings.heldout_share)]
+    training = [
+        pair
+        for pair in pairs
+        if not is_heldout(pair.instruction, settings.heldout_share) and not set(pair.systems) & set(settings.heldout_systems)
+    ]
     if not heldout or not training:
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
-    heldout = random.Random(0).sample(heldout, min(settings.heldout_pairs, len(heldout)))
-    heldout += damaged_pairs(heldout[: len(heldout) // 2], random.Random(0))
+    heldout = heldout_sample(heldout, settings.heldout_pairs)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name)
     if not settings.evaluate_only:
-        train(settings, select_pairs(training, settings.pairs, settings.damaged_share, rng))
-    measured = heldout_accuracies(settings.output_dir, heldout, settings.max_length, settings.batch_size)
+        train(settings, training)
+    measured = heldout_accuracies(settings, heldout)
     for name, row in measured.items():
         print(f"{name:36} {row['accuracy']:.3f}  (n={row['n']})")
     if not settings.evaluate_only:
