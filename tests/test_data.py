@@ -1,27 +1,63 @@
-"""Our own rows: schema, numbers, balance, and no prompt in two files."""
+"""Our own rows: schema, numbers, balance, lengths, and no prompt twice, nor nearly twice."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from itertools import combinations
 
+import pytest
 from conftest import REPOSITORY
 
 from records import QTYPES, read_rows
 
 DATA = REPOSITORY / "data"
+PAIR = {"input": None, "output": None, "qtype": QTYPES}
+EVALUATION = {"dataset": None, "instruction": None, "output": None, "generator": None, "qtype": QTYPES}
 
 
-def test_our_rows():
-    pair = {"input": None, "output": None, "qtype": QTYPES}
-    evaluation = {"dataset": None, "instruction": None, "output": None, "generator": None, "qtype": QTYPES}
-    train, dev = read_rows(DATA / "train.json", pair), read_rows(DATA / "dev.json", pair)
-    evaluated = read_rows(DATA / "eval.json", evaluation)
-    assert (len(train), len(dev), len(evaluated)) == (346, 64, 64)
-    for rows in (train, dev, evaluated):
-        share = Counter(row["qtype"] for row in rows)["OPENENDED"] / len(rows)
-        assert 0.45 <= share <= 0.55
-        assert all(row["output"].strip() == row["output"] != "" for row in rows)
-    prompts = [row["input"] for row in train + dev] + [row["instruction"] for row in evaluated]
-    assert len({prompt.lower() for prompt in prompts}) == len(prompts) == 474
-    assert sum("\n\n### Input:\n" in prompt for prompt in prompts) > 100
+@pytest.fixture(scope="module")
+def rows():
+    """Training, development and evaluation rows."""
+    return read_rows(DATA / "train.json", PAIR), read_rows(DATA / "dev.json", PAIR), read_rows(DATA / "eval.json", EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def prompts(rows):
+    """All prompts of the three files."""
+    train, dev, evaluated = rows
+    return [row["input"] for row in train + dev] + [row["instruction"] for row in evaluated]
+
+
+def test_our_rows(rows):
+    train, dev, evaluated = rows
+    assert (len(train), len(dev), len(evaluated)) == (600, 64, 64)
     assert all(set(row) == {"input", "output", "qtype"} for row in train + dev)
+    for texts in ([row[field] for row in part for field in row] for part in rows):
+        assert all(text.strip() == text != "" for text in texts)
+        assert not any(re.search(r"[ \t]$", text, re.MULTILINE) for text in texts)
+
+
+def test_half_of_the_rows_are_of_either_kind(rows):
+    assert [Counter(row["qtype"] for row in part)["OPENENDED"] for part in rows] == [301, 32, 32]
+    # Training reads the file in order where it is not shuffled: the shares hold throughout it.
+    hundreds = [rows[0][start : start + 100] for start in range(0, 600, 100)]
+    assert all(40 <= Counter(row["qtype"] for row in part)["OPENENDED"] <= 60 for part in hundreds)
+
+
+def test_no_prompt_comes_twice(prompts):
+    assert len({prompt.lower() for prompt in prompts}) == len(prompts) == 728
+    assert sum("\n\n### Input:\n" in prompt for prompt in prompts) == 237
+    # A cheap stand-in for the embeddings of data/README.md: no two prompts share half of their words (the most is 0.39).
+    words = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts]
+    assert max(len(a & b) / len(a | b) for a, b in combinations(words, 2)) < 0.5
+
+
+def test_prompts_that_the_demo_trains_on(rows):
+    """As many as README.md says have fewer tokens than `max_prompt_length` of configs/demo.yaml."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
+    chats = [[[{"role": "user", "content": row["input"]}] for row in part] for part in rows[:2]]
+    tokens = [tokenizer.apply_chat_template(part, add_generation_prompt=True, return_dict=False) for part in chats]
+    assert [sum(len(prompt) < 80 for prompt in part) for part in tokens] == [472, 51]

@@ -1,0 +1,192 @@
+"""What a scored run looks like: one figure for a paper, and one page that holds everything, the rollouts included.
+
+The page (assets/report.html.jinja) asks the network for nothing. Its data are JSON inside it: one block of curves and statistics, and
+one block of rollouts per run, which is read only when that run is looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from nltk.tokenize import wordpunct_tokenize
+
+from monotonicity import EXACT_UP_TO, ScoredRun, curve_band
+from records import REPOSITORY, atomic_path
+
+PROXY_STYLE = ("o-", "#0b6fb8")
+GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))
+COLUMN_WIDTH = 3.4  # inches: a column of a two-column paper
+
+
+# ------------------------------------------------------------------------------------------------------------- the figure
+
+
+def draw(target: Path, run: ScoredRun, record: dict) -> None:
+    """Draw the mean proxy and mean gold scores of a run as a PNG of one paper column's width.
+
+    A row of panels for the proxy and for each gold, which have scales of their own and share the axis below: the PPO step and, where
+    `run.kl` is known for all checkpoints, the KL. Bands are `curve_band`'s, where scores are known by row.
+
+    Args:
+        target: the file.
+        run: with `found` for SpearmanR and the step where gold turns.
+        record: goes into the PNG's metadata, as JSON under "Description".
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = _labels(run)
+    rows = [("", "proxy reward", run.proxy, PROXY_STYLE)]
+    for (name, scores), style in zip(run.gold.items(), itertools.cycle(GOLD_STYLES)):
+        rows.append((name, "gold reward" if len(labels) == 1 else f"gold reward, {labels[name]}", scores, style))
+    axes = {"PPO step": run.steps}
+    if None not in run.kl:
+        axes["KL from the start (nats)"] = run.kl
+    style = {"font.size": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
+    with pyplot.rc_context(style):
+        size = (COLUMN_WIDTH, 0.5 + 1.05 * len(rows))
+        figure, grid = pyplot.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained")
+        for panels, (name, label, scores, (line, color)) in zip(grid, rows):
+            mean, band = scores.mean(axis=1), curve_band(scores) if scores.shape[1] > 1 else None
+            turn = run.found.get(name, {}).get("turning_point")
+            panels[0].set_title(f"mean {label}" + (", its peak dotted" if turn is not None else ""), color=color, loc="left", fontsize=7)
+            for panel, positions in zip(panels, axes.values()):
+                order = np.argsort(positions, kind="stable")
+                x = np.asarray(positions)[order]
+                if band:
+                    panel.fill_between(x, band[0][order], band[1][order], color=color, alpha=0.16, linewidth=0)
+                panel.plot(x, mean[order], line, color=color, linewidth=1.2, markersize=3.2)
+                if turn is not None:
+                    panel.axvline(positions[run.steps.index(turn)], color="0.35", linewidth=0.7, linestyle=":")
+                panel.grid(alpha=0.25, linewidth=0.5)
+                panel.spines[["top", "right"]].set_visible(False)
+        for panel, label in zip(grid[-1], axes):
+            panel.set_xlabel(label)
+        figure.suptitle(_title(run, labels), fontsize=8)
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, dpi=300, metadata={"Description": json.dumps(record)})
+        pyplot.close(figure)
+
+
+def _title(run: ScoredRun, labels: dict[str, str]) -> str:
+    def rho(name: str) -> str:
+        value = run.found.get(name, {}).get("spearman")
+        return "undefined" if value is None else f"{value:.2f}".replace("-", "−")
+
+    checkpoints = f"over {len(run.steps)} checkpoints"
+    if len(labels) == 1:
+        return f"{run.name}: SpearmanR {rho(*labels)} {checkpoints}"
+    return f"{run.name}, SpearmanR {checkpoints}\n" + ", ".join(f"{label} {rho(name)}" for name, label in labels.items())
+
+
+def _labels(run: ScoredRun) -> dict[str, str]:
+    """What golds are called where room is short: the last part of their names, if that tells them apart."""
+    short = {name: name.rstrip("/").rsplit("/", 1)[-1] for name in run.gold}
+    return short if len(set(short.values())) == len(short) else {name: name for name in run.gold}
+
+
+# --------------------------------------------------------------------------------------------------------------- the page
+
+
+def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None, record: dict) -> None:
+    """Write one self-contained HTML page on one run or several.
+
+    Args:
+        target: the file.
+        runs: at least one; the page switches between them by name.
+        together: what the runs say together, gold's name to named values (a number, a text, a pair for an interval), or one such
+            mapping; None where there is nothing to say.
+        record: shown as provenance, whatever it holds.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(REPOSITORY / "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shell"] = shlex.join
+    lengths = [np.array([[len(wordpunct_tokenize(text)) for text in texts] for texts in run.responses]) for run in runs]
+    summary = {"runs": [_summary(run, length) for run, length in zip(runs, lengths)], "together": _plain(_by_gold(together))}
+    page = environment.get_template("report.html.jinja").stream(
+        names=[run.name for run in runs],
+        summary=embedded_json(summary),
+        rollouts=(embedded_json(_rollouts(run, length)) for run, length in zip(runs, lengths)),
+        record=record,
+    )
+    with atomic_path(target) as temporary:
+        page.dump(str(temporary), encoding="utf-8")
+
+
+def embedded_json(content: object) -> Markup:
+    """JSON that may stand in an HTML script element: no text in it can end the element, and lone surrogates can be written as UTF-8."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def _summary(run: ScoredRun, length: np.ndarray) -> dict:
+    labels = _labels(run)
+    return {
+        "name": run.name,
+        "steps": _plain(run.steps),
+        "rows": len(run.instructions),
+        "kl": _plain(run.kl),
+        "exact": len(run.steps) <= EXACT_UP_TO,
+        "proxy": _curve(run.proxy),
+        "golds": [
+            {"name": name, "label": labels[name], "found": _plain(run.found.get(name, {})), **_curve(scores)}
+            for name, scores in run.gold.items()
+        ],
+        "components": {name: _curve(scores) for name, scores in run.components.items()},
+        "length": _curve(length),
+    }
+
+
+def _rollouts(run: ScoredRun, length: np.ndarray) -> dict:
+    return {
+        "instructions": run.instructions,
+        "qtypes": run.qtypes,
+        "references": run.references,
+        "responses": run.responses,
+        "proxy": _plain(run.proxy),
+        "golds": [_plain(scores) if scores.shape[1] == len(run.instructions) else None for scores in run.gold.values()],
+        "components": {name: _plain(scores) for name, scores in run.components.items()},
+        "length": length.tolist(),
+    }
+
+
+def _curve(scores: np.ndarray) -> dict[str, list]:
+    """The means of [checkpoints, rows] over the rows that have a value, and their band where these are the same rows throughout."""
+    known = np.isfinite(scores)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # a component that no row uses has no mean
+        curve = {"mean": _plain(np.nanmean(np.where(known, scores, np.nan), axis=1))}
+    if (known == known[0]).all() and known[0].sum() > 1:
+        low, high = curve_band(scores[:, known[0]])
+        curve |= {"low": _plain(low), "high": _plain(high)}
+    return curve
+
+
+def _by_gold(together: dict | None) -> dict[str, dict]:
+    """`together` as a table: gold's name to its values; "" where there are no golds in it."""
+    if not together:
+        return {}
+    return together if all(isinstance(value, dict) for value in together.values()) else {"": together}
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold: arrays and tuples as lists, numbers at six significant digits (the page rounds further), None for NaN."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(part) for part in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
