@@ -1,33 +1,37 @@
 """Did the proxy capture what gold wants? Mean proxy and mean gold score of every checkpoint, and SpearmanR between them.
 
     python eval_monotonicity.py --output_dir=outputs --model_prefix=full                # every checkpoint with rollouts but the start
-    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --steps 500 1000 1500 --gold_model=owner/reward-model
-    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, gold
+    python eval_monotonicity.py --output_dir=outputs --model_prefix seed1 seed2 seed3 --gold_model owner/reward-model other/reward-model
+    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, and one or more golds
 
 Reads <output_dir>/<model_prefix>_step_<k>/alpaca-eval-*.json, which `evaluation.py` writes. The proxy's settings are those of the
-run's own record. Writes monotonicity.json and monotonicity.png to <output_dir>/<model_prefix>_monotonicity/.
+run's own record, unless a flag says otherwise. Writes monotonicity.json, monotonicity.png and report.html to
+<output_dir>/<model_prefix>_monotonicity/, and every row's scores beside its rollouts: what is scored already is not scored again.
+
+Without any training, proxy designs against a leaderboard, on outputs of systems (rows of instruction and output):
+
+    python eval_monotonicity.py --rollouts outputs/*.json --gold_scores leaderboard.csv --data_path data/alpaca_eval.json --all_designs=true
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+from nltk.tokenize import wordpunct_tokenize
 
-from monotonicity import EXACT_UP_TO, agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
+from chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
+from designs import all_designs, design_totals, rank_correlation, read_leaderboard, read_systems, read_table
+from gold_models import DEFAULT_GOLD, GoldSettings
+from monotonicity import ScoredRun, correlations, describe, paired_difference, shown, spearman, together
 from records import (
-    QTYPES,
     InputError,
-    atomic_path,
     check_device,
-    check_model_name,
     match_rows,
     provenance,
     read_json,
@@ -38,21 +42,49 @@ from records import (
     run_main,
     write_json,
 )
-from reward_model import RewardSettings, column_mean, proxy_of_run, reward_batch
+from report import draw, write_report
+from reward_model import FULL_DESIGN, ProxyOverrides, RewardSettings, proxy_of_run, reward_batch
+from scores import ScoreStore, digest, score_rows, scores_path
 from settings import parse_settings, setting
+
+ROWS_PER_SAVE = 128  # rows of the proxy's that an interruption can lose
+KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
 @dataclass
-class MonotonicitySettings:
-    output_dir: str = setting("outputs", "folder that holds the checkpoints")
-    model_prefix: str = setting("", "checkpoints are <output_dir>/<model_prefix>_step_<k>")
+class MonotonicitySettings(GoldSettings, ProxyOverrides):
+    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results")
+    model_prefix: list[str] = setting([], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds)")
     steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
     include_start: bool = setting(False, "count step 0 among the default checkpoints")
     data_path: str = setting("", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from")
-    gold_model: str = setting("Nexusflow/Starling-RM-34B", "gold reward model: hub name, folder, or adapter folder")
-    gold_scores: str = setting("", "table of mean gold scores in place of a gold model: CSV or JSON rows with step and gold")
-    device: str = setting("", "device of the relevance encoder and the gold model; empty means the GPUs where there are any")
-    batch_size: int = setting(8, "rows per batch of either model")
+    gold_model: list[str] = setting(
+        [], f"gold reward models: hub names, folders, or adapter folders; {DEFAULT_GOLD} where no gold is named"
+    )
+    gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold")
+    rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard")
+    all_designs: bool = setting(False, "with --rollouts: all sixteen on/off settings of the proxy in place of the one that the flags say")
+    chat_template_name: str = setting("", "template whose stop strings end a response; empty means the run's own, or alpaca")
+    output_max_length: int = setting(0, "longest response in tokens, as the rescaling F uses it; 0 means the run's own, or 512")
+    device: str = setting("", "device of the relevance encoder and the gold models; empty means the GPUs where there are any")
+    batch_size: int = setting(8, "most rows per batch of any model")
+
+    def __post_init__(self) -> None:
+        if bool(self.rollouts) == bool(self.model_prefix):
+            raise InputError("--model_prefix is missing, expected the part of the checkpoints' names before _step_<k> (or else --rollouts)")
+        if self.rollouts and (not self.gold_scores or self.gold_model):
+            raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
+        if self.all_designs and not self.rollouts:
+            raise InputError("--all_designs is for --rollouts; a run is judged by its own design")
+        if not (self.gold_model or self.gold_scores):
+            self.gold_model = [DEFAULT_GOLD]
+
+    @property
+    def overrides(self) -> dict:
+        return {name: getattr(self, name) for name in ProxyOverrides.__dataclass_fields__}
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -70,293 +102,495 @@ class Checkpoint:
         return read_json(path) if path.is_file() else {}
 
     @property
-    def trained(self) -> dict:
-        """The settings of the training run; empty for a checkpoint that `run_ppo.py` did not write."""
+    def record(self) -> dict:
+        """The record of the training run; empty for a checkpoint that `run_ppo.py` did not write."""
         path = self.folder / "training_record.json"
-        return read_json(path)["settings"] if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
 
-def find_checkpoints(settings: MonotonicitySettings) -> list[Checkpoint]:
-    """The checkpoints to compare, by step.
+@dataclass(frozen=True)
+class Run:
+    """A run's checkpoints, and what its scores are made with."""
+
+    name: str
+    checkpoints: list[Checkpoint]
+    trained: dict
+    proxy: RewardSettings
+    references: list[dict]
+    template: ChatTemplate
+    output_max_length: int
+
+    @property
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self.checkpoints]
+
+
+def find_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkpoint]:
+    """The checkpoints of a run to compare, by step.
 
     Raises:
         InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts that were made otherwise: on
             other instructions, or with other decoding settings.
     """
-    pattern = re.compile(re.escape(settings.model_prefix) + r"_step_(\d+)")
+    pattern = re.compile(re.escape(prefix) + r"_step_(\d+)")
     parent = Path(settings.output_dir)
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
     folders = {int(match[1]): path for path in parent.iterdir() if (match := pattern.fullmatch(path.name)) and path.is_dir()}
     if not folders:
-        raise InputError(f"{parent}: no folder {settings.model_prefix}_step_<k>")
+        raise InputError(f"{parent}: no folder {prefix}_step_<k>")
     if settings.steps:
         steps = sorted(set(settings.steps))
         for step in steps:
             if step not in folders or not rollouts_path(folders[step]).is_file():
-                raise InputError(f"{parent}/{settings.model_prefix}_step_{step}: no rollouts, expected them from evaluation.py")
+                raise InputError(f"{parent}/{prefix}_step_{step}: no rollouts, expected them from evaluation.py")
     else:
         candidates = [step for step in sorted(folders) if step > 0 or settings.include_start]
         steps = [step for step in candidates if rollouts_path(folders[step]).is_file()]
         if without := [step for step in candidates if step not in steps]:
-            print(f"without rollouts, left out: steps {', '.join(map(str, without))}")
+            print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
     if len(steps) < 3:
-        raise InputError(
-            f"{parent}: {len(steps)} checkpoints of {settings.model_prefix} with rollouts, expected at least 3 for a correlation"
-        )
+        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
     texts = {"instruction": None, "output": None}
     checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), texts)) for step in steps]
     first = checkpoints[0]
     for checkpoint in checkpoints[1:]:
+        path = rollouts_path(checkpoint.folder)
         if len(checkpoint.rows) != len(first.rows):
-            raise InputError(
-                f"{rollouts_path(checkpoint.folder)}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}"
-            )
+            raise InputError(f"{path}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}")
         for number, (row, other) in enumerate(zip(checkpoint.rows, first.rows), start=1):
             if row["instruction"] != other["instruction"]:
-                raise InputError(f"{rollouts_path(checkpoint.folder)}: row {number}: another instruction than at step {first.step}")
+                raise InputError(f"{path}: row {number}: another instruction than at step {first.step}")
         for name in ("decoding", "template", "engine", "dtype"):
             own, other = checkpoint.meta.get(name), first.meta.get(name)
             if own != other:
-                raise InputError(f"{rollouts_path(checkpoint.folder)}: {name} is {own}, expected {other} as at step {first.step}")
+                raise InputError(f"{path}: {name} is {own}, expected {other} as at step {first.step}")
     return checkpoints
+
+
+def read_run(settings: MonotonicitySettings, prefix: str) -> Run:
+    """A run with all that its proxy needs. Raises InputError as `find_checkpoints`, and for rows or a reward that cannot be used."""
+    from generation import load_tokenizer
+
+    checkpoints = find_checkpoints(settings, prefix)
+    trained = checkpoints[-1].record.get("settings", {})
+    proxy = proxy_of_run(trained, settings.batch_size, settings.overrides)
+    proxy.check_reward()
+    references = read_references(settings, checkpoints, proxy)
+    warn_of_changed_code(checkpoints[-1], proxy)
+    name = settings.chat_template_name or trained.get("chat_template_name", "alpaca")
+    own = name == TOKENIZER_OWN and trained
+    template = load_template(name, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]) if own else None)
+    return Run(
+        prefix, checkpoints, trained, proxy, references, template, settings.output_max_length or trained.get("output_max_length", 512)
+    )
 
 
 def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
     """One line where the reward's code is not what it was in training: the run would be judged by another reward than its own."""
-    path = checkpoint.folder / "training_record.json"
-    recorded = read_json(path).get("reward_source", {}) if path.is_file() else {}
-    for name, digest in proxy.reward_source().items():
-        if recorded.get(name, digest) != digest:
+    recorded = checkpoint.record.get("reward_source", {})
+    for name, own in proxy.reward_source().items():
+        if recorded.get(name, own) != own:
             print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
 
 
 def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
-    """One row of dataset columns per rollout row: the rollout's own where the proxy reads nothing else.
+    """One row of dataset columns per rollout row: the rollout's own where the proxy reads nothing else and no file is named.
 
     Raises:
         InputError: qtypes or references are needed and their file is unknown, unusable, or lacks an instruction.
     """
     rows = checkpoints[0].rows
-    path = settings.data_path or checkpoints[0].meta.get("data_path")
-    if not (proxy.reads_references or proxy.reward_function):
-        return [{"qtype": row.get("qtype")} for row in rows]
-    if not path:
+    needed = proxy.reads_references or proxy.reward_function
+    path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
+    if path:
+        return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(rollouts_path(checkpoints[0].folder)))
+    if needed:
         raise InputError("--data_path is missing: the proxy reads references, and no record beside the rollouts says where they are")
-    return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(rollouts_path(checkpoints[0].folder)))
+    return [{"qtype": row.get("qtype")} for row in rows]
 
 
-def read_gold_scores(path: str, steps: list[int]) -> dict[int, float]:
-    """Mean gold score by step, from a CSV or JSON table. Raises InputError for a missing step or a value that is no number."""
-    if path.endswith(".json"):
-        rows = read_rows(path, {})
-    else:
-        rows = list(csv.DictReader(read_text(path).removeprefix("\ufeff").splitlines()))
-    scores = {}
+def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Mean gold scores by column and step, from a CSV or JSON table; a column that is not all numbers is no gold.
+
+    Raises:
+        InputError: no column of numbers besides `step`, a missing or repeated step, or a value that is not finite.
+    """
+    rows = read_table(path)
+    golds = [name for name in rows[0] if name and name != "step" and _number(rows[0][name]) is not None]
+    if not golds:
+        raise InputError(f"{path}: row 1: no column of numbers besides 'step', expected one for each gold")
+    scores: dict[int, dict[str, float]] = {}
     for number, row in enumerate(rows, start=1):
-        for field in ("step", "gold"):
-            try:
-                value = float(row[field])
-            except (KeyError, TypeError, ValueError):
-                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number") from None
-            if field == "step" and not value.is_integer():
-                raise InputError(f"{path}: row {number}: field 'step' is {row[field]!r}, expected a whole number")
-        if float(row["step"]) in scores:
+        for field in ("step", *golds):
+            if _number(row.get(field)) is None:
+                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number")
+        step = _number(row["step"])
+        if not step.is_integer():
+            raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
+        if int(step) in scores:
             raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
-        scores[int(float(row["step"]))] = float(row["gold"])
+        scores[int(step)] = {gold: _number(row[gold]) for gold in golds}
     for step in steps:
         if step not in scores:
             raise InputError(f"{path}: no row for step {step}")
-    return dict(zip(steps, require_finite([scores[step] for step in steps], path)))
+    return {gold: dict(zip(steps, require_finite([scores[step][gold] for step in steps], f"{path}, {gold}"))) for gold in golds}
 
 
-def paired_difference(first: list[float], last: list[float]) -> tuple[float, float]:
-    """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows))."""
-    differences = [after - before for before, after in zip(first, last)]
-    mean = sum(differences) / len(differences)
-    variance = sum((value - mean) ** 2 for value in differences) / (len(differences) - 1)
-    return mean, math.sqrt(variance / len(differences))
+def _number(cell: object) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
 
 
-def score_proxy(reward, checkpoint: Checkpoint, references: list[dict]) -> dict[str, list]:
-    """The proxy's components of each rollout, "total" among them."""
-    instructions, outputs = [row["instruction"] for row in checkpoint.rows], [row["output"] for row in checkpoint.rows]
-    return reward.score(reward_batch(instructions, outputs, references))
+def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
+    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
 
-
-def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, gold_by_row: bool, qtypes: list[str | None]) -> dict:
-    """All that is said of the two curves.
-
-    Args:
-        proxy: [checkpoints, rows].
-        gold: [checkpoints, rows], or [checkpoints, 1] where only means are known.
-        qtypes: of the rows, where they have any.
+    A step's metrics are of rollouts drawn before its update, so that checkpoint k's are those of step k + 1; as a batch is small,
+    the mean over `KL_WINDOW` steps on either side is taken.
     """
-    curves = proxy.mean(axis=1), gold.mean(axis=1)
-    rho = spearman(*curves)
-    found = {
-        "n": len(steps),
-        "spearman": rho,
-        "pvalue": float(scipy.stats.spearmanr(*curves).pvalue) if rho is not None else None,
-        "exact_pvalue": permutation_pvalue(*curves),
-        "kendall": kendall(*curves),
-        "turning_point": turning_point(steps, *curves),
+    path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
+    if not trained or not path.is_file():
+        return [None] * len(steps)
+    lines = map(json.loads, filter(None, read_text(path).split("\n")))
+    logged = {line["step"]: line["objective/kl"] for line in lines if "objective/kl" in line}
+    kl: list[float | None] = []
+    for step in steps:
+        near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]
+        kl.append(0.0 if step == 0 else sum(near) / len(near) if near else None)
+    return kl
+
+
+# --------------------------------------------------------------------------------------------------------------- scoring
+
+
+def proxy_columns(reward, store: ScoreStore, batch: dict[str, list], progress, **options: bool) -> dict[str, list]:
+    """A reward's components of every row, "total" among them, those of the store read and the others made and kept."""
+    texts = [dict(zip(batch, row)) for row in zip(*batch.values())]
+
+    def score(places: list[int]) -> Iterator[tuple[list[int], list]]:
+        for start in range(0, len(places), ROWS_PER_SAVE):
+            some = places[start : start + ROWS_PER_SAVE]
+            table = reward.score({name: [column[place] for place in some] for name, column in batch.items()}, **options)
+            yield some, [dict(zip(table, row)) for row in zip(*table.values())]
+
+    rows = score_rows(store, texts, score, progress)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def proxy_facts(proxy: RewardSettings, template: ChatTemplate, output_max_length: int) -> dict:
+    """All that a proxy's score depends on besides the row, for the store."""
+    settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
+    return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}
+
+
+def rollout_batch(checkpoint: Checkpoint, references: Sequence[Mapping]) -> dict[str, list]:
+    instructions, outputs = [row["instruction"] for row in checkpoint.rows], [row["output"] for row in checkpoint.rows]
+    return reward_batch(instructions, outputs, references)
+
+
+def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[str, list[dict[str, list]]]:
+    """By run, the components of each checkpoint's rows."""
+    from tqdm import tqdm
+
+    tables: dict[str, list[dict[str, list]]] = {}
+    with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc="proxy", unit="row") as bar:
+        rewards = {}
+        for run in runs:
+            facts = proxy_facts(run.proxy, run.template, run.output_max_length)
+            if digest(facts) not in rewards:
+                rewards[digest(facts)] = run.proxy.load_reward(run.template, run.output_max_length, settings.device or None)
+            reward = rewards[digest(facts)]
+            tables[run.name] = [
+                proxy_columns(
+                    reward, ScoreStore(scores_path(rollouts_path(point.folder)), facts), rollout_batch(point, run.references), bar.update
+                )
+                for point in run.checkpoints
+            ]
+    return tables
+
+
+def score_gold(settings: MonotonicitySettings, name: str, runs: Sequence[Run]) -> tuple[dict[str, np.ndarray], str]:
+    """By run, the gold scores [checkpoints, rows]; and the dtype they were computed in."""
+    from tqdm import tqdm
+
+    from gold_models import load_gold_reward_model
+
+    gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=settings)
+    facts = gold.facts
+    scores: dict[str, np.ndarray] = {}
+    with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
+        for run in runs:
+            table = []
+            for point in run.checkpoints:
+                texts = [{"query": row["instruction"], "response": row["output"]} for row in point.rows]
+
+                def score(places: list[int], texts: list[dict] = texts) -> Iterator[tuple[list[int], list[float]]]:
+                    some = {name: [texts[place][name] for place in places] for name in ("query", "response")}
+                    for rows, values in gold.iter_rewards(some):
+                        yield [places[row] for row in rows], values
+
+                table.append(score_rows(ScoreStore(scores_path(rollouts_path(point.folder)), facts), texts, score, bar.update))
+            scores[run.name] = np.array(table)
+    return scores, gold.dtype
+
+
+def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarray]) -> ScoredRun:
+    """A run's texts and scores as one value, with what is found of them."""
+    steps, first = run.steps, run.checkpoints[0]
+    components = {
+        name: np.array([[np.nan if value is None else value for value in table[name]] for table in tables], dtype=float)
+        for name, column in tables[0].items()
+        if name != "total" and not all(value is None or isinstance(value, str) for value in column)
     }
-    if gold_by_row and proxy.shape[1] > 1:
-        found["interval"] = bootstrap_interval(proxy, gold)
-        found["agreement"] = agreement(proxy, gold)
-        found["by_qtype"] = {}
-        for qtype in QTYPES:
-            rows = [row for row, own in enumerate(qtypes) if own == qtype]
-            if rows:
-                part = spearman(proxy[:, rows].mean(axis=1), gold[:, rows].mean(axis=1))
-                found["by_qtype"][qtype] = {"spearman": part, "rows": len(rows)}
-    return found
+    tokens = [[len(wordpunct_tokenize(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
+    proxy = np.array([table["total"] for table in tables])
+    qtypes = [row.get("qtype") for row in run.references]
+    return ScoredRun(
+        name=run.name,
+        steps=steps,
+        instructions=[row["instruction"] for row in first.rows],
+        qtypes=qtypes,
+        references=[row.get("output") for row in run.references],
+        responses=[[row["output"] for row in point.rows] for point in run.checkpoints],
+        components={**components, "tokens": np.array(tokens, dtype=float)},
+        proxy=proxy,
+        gold=gold,
+        kl=read_kl(run.trained, steps),
+        found={name: correlations(steps, proxy, scores, qtypes) for name, scores in gold.items()},
+    )
 
 
-def describe(found: dict, steps: list[int], exact: bool) -> str:
-    """The correlations in words, the published line first."""
-    if found["spearman"] is None:
-        return "SpearmanR is undefined: every checkpoint has the same mean proxy or the same mean gold score"
-    lines = [
-        f"SignificanceResult(statistic={found['spearman']}, pvalue={found['pvalue']})",
-        f"n = {found['n']} checkpoints of one run; p over {'all' if exact else 'drawn'} orders of them {found['exact_pvalue']:.4g}, "
-        f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
-    ]
-    if found.get("interval"):
-        lines.append("95% interval of SpearmanR over prompts drawn anew: {:.3f} to {:.3f}".format(*found["interval"]))
-    if found.get("by_qtype"):
-        parts = (f"{qtype} {'undefined' if part['spearman'] is None else format(part['spearman'], '.3f')} ({part['rows']} rows)"
-                 for qtype, part in found["by_qtype"].items())  # fmt: skip
-        lines.append(f"SpearmanR by query type: {', '.join(parts)}")
-    if found.get("agreement") and found["agreement"]["share"] is not None:
-        share, rows = found["agreement"]["share"], found["agreement"]["rows"]
-        lines.append(f"prompt by prompt, gold moved with the proxy from step {steps[0]} to {steps[-1]} in {share:.1%} of {rows}")
-    if found["turning_point"] is not None:
-        lines.append(f"gold peaks at step {found['turning_point']} while the proxy rises beyond it: over-optimisation from there on")
-    return "\n".join(lines)
+# --------------------------------------------------------------------------------------------------------------- telling
 
 
-def draw(
-    target: Path, steps: list[int], curves: dict[str, np.ndarray], bands: dict[str, tuple[np.ndarray, np.ndarray]], title: str, record: str
-) -> None:
-    """Both curves against the step, one axis each, with their 95% bands over prompts where they are known."""
-    import matplotlib
+def curve(run: ScoredRun) -> list[dict]:
+    """One row a checkpoint: step, proxy, each gold, the mean of each component over the rows that have it, KL where known, rows."""
+    rows = []
+    for place, step in enumerate(run.steps):
+        row = {"step": step, "proxy": float(run.proxy[place].mean())}
+        row |= {name: float(scores[place].mean()) for name, scores in run.gold.items()}
+        row |= {name: float(np.nanmean(scores[place])) for name, scores in run.components.items() if not np.isnan(scores[place]).all()}
+        if None not in run.kl:
+            row["kl"] = run.kl[place]
+        rows.append({**row, "rows": run.proxy.shape[1]})
+    return rows
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, left = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    axes = {"proxy": (left, "o-", "#0b6fb8"), "gold": (left.twinx(), "s--", "#c2570c")}
-    lines = []
-    for name, (axis, style, color) in axes.items():
-        lines += axis.plot(steps, curves[name], style, color=color, label=f"{name} reward")
-        axis.set_ylabel(f"mean {name} reward")
-        if name in bands:
-            axis.fill_between(steps, *bands[name], color=color, alpha=0.15, linewidth=0)
-    left.set(xlabel="PPO step", title=title)
-    left.legend(handles=lines, loc="best", frameon=False)
-    left.grid(alpha=0.25)
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=160, metadata={"Description": record})
-    pyplot.close(figure)
+def print_table(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> None:
+    """Rows of numbers and names, aligned; the columns of `whole` without decimals."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(name: str, value: object) -> str:
+        if value is None:
+            return "-"
+        return str(value) if isinstance(value, str) or name in whole else f"{value:.4f}"
+
+    cells = [[cell(name, row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[place]) for row in cells)) for place, name in enumerate(names)]
+    left = [isinstance(rows[0].get(name), str) for name in names]
+    for line in ([*names], *cells):
+        print("  ".join(text.ljust(width) if is_left else text.rjust(width) for text, width, is_left in zip(line, widths, left)).rstrip())
+
+
+def print_run(run: ScoredRun) -> None:
+    print(f"\n{run.name}")
+    print_table([{**row, **{name: row[name] for name in run.gold}} for row in curve(run)], whole=("step", "rows"))
+    steps = run.steps
+    differences = {"proxy": paired_difference(run.proxy[0], run.proxy[-1])} if run.proxy.shape[1] > 1 else {}
+    differences |= {name: found["gain"] for name, found in run.found.items() if "gain" in found}
+    for name, gain in differences.items():
+        print(f"{name}: step {steps[-1]} minus step {steps[0]}: {gain['difference']:+.4f}, standard error {gain['standard_error']:.4f} "
+              f"(paired over {run.proxy.shape[1]} rows)")  # fmt: skip
+    for name, found in run.found.items():
+        if len(run.gold) > 1:
+            print(f"-- gold {name}")
+        print(describe(found, steps))
+    if len(run.gold) > 1:
+        names, curves = list(run.gold), [scores.mean(axis=1) for scores in run.gold.values()]
+        print(f"the golds among themselves: SpearmanR {shown(spearman(*curves[:2]))} between {names[0]} and {names[1]}")
+
+
+def write_run(run: ScoredRun, folder: Path, record: dict) -> None:
+    """monotonicity.json, monotonicity.png and report.html of one run."""
+    per_row = {
+        "proxy": {step: scores.tolist() for step, scores in zip(run.steps, run.proxy)},
+        "gold": {
+            name: {step: scores.tolist() for step, scores in zip(run.steps, table)}
+            for name, table in run.gold.items()
+            if table.shape == run.proxy.shape
+        },
+    }
+    content = {"name": run.name, "spearman": run.found, "curve": curve(run), "per_row": per_row, "provenance": record}
+    write_json(folder / "monotonicity.json", content)
+    draw(folder / "monotonicity.png", run, record)
+    write_report(folder / "report.html", [run], None, record)
+    print(folder)
+
+
+def judge_runs(settings: MonotonicitySettings) -> None:
+    """SpearmanR of one run or several, by their checkpoints' rollouts."""
+    # 1. Everything a user can get wrong, before any model loads.
+    for number, prefix in enumerate(settings.model_prefix):
+        if prefix in settings.model_prefix[:number]:
+            raise InputError(f"--model_prefix: {prefix} comes twice")
+    runs = [read_run(settings, prefix) for prefix in settings.model_prefix]
+    tabled = {run.name: read_gold_scores(settings.gold_scores, run.steps) if settings.gold_scores else {} for run in runs}
+    golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
+    settings.check_gold(settings.gold_model)
+    check_device(settings.device)
+
+    # 2. Scores.
+    tables = score_proxies(settings, runs)
+    models, dtypes = {}, {}
+    for path, name in golds.items():
+        models[name], dtypes[path] = score_gold(settings, path, runs)
+    scored = []
+    for run in runs:
+        gold = {name: scores[run.name] for name, scores in models.items()}
+        gold |= {name: np.array([[means[step]] for step in run.steps]) for name, means in tabled[run.name].items()}
+        scored.append(scored_run(run, tables[run.name], gold))
+
+    # 3. The answer.
+    output = Path(settings.output_dir)
+
+    def record(run: Run) -> dict:
+        meta = run.checkpoints[0].meta
+        return provenance(
+            settings=asdict(settings),
+            model=settings.gold_model + ([settings.gold_scores] if settings.gold_scores else []),
+            dtype=dtypes,
+            template=run.template.name,
+            decoding=meta.get("decoding"),
+            seed=meta.get("seed"),
+            policy=meta.get("model"),
+            proxy=asdict(run.proxy),
+        )
+
+    for run, found in zip(runs, scored):
+        print_run(found)
+        write_run(found, output / f"{run.name}_monotonicity", record(run))
+    if len(scored) > 1:
+        both = together(scored)
+        print("\ntogether")
+        for name, entry in both.items():
+            if entry["mean"] is None:
+                print(f"gold {name}: SpearmanR of a run is undefined, and so is their mean")
+                continue
+            print(f"gold {name}: mean SpearmanR {entry['mean']:.3f} over {len(scored)} runs, standard error {entry['standard_error']:.3f}, "
+                  f"p over drawn orders {entry['pvalue']:.4g}; SpearmanR of the mean curves {shown(entry['mean_curves'])}")  # fmt: skip
+        folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
+        write_json(folder / "monotonicity.json", {"together": both, "provenance": record(runs[0])})
+        write_report(folder / "report.html", scored, both, record(runs[0]))
+        print(folder)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A column's name for each gold model: "gold" for a lone one, else the last part of its path, or all of it where two share that."""
+    if len(set(paths)) < len(paths):
+        raise InputError("--gold_model names a model twice")
+    if len(paths) == 1:
+        return ["gold"]
+    last = [Path(path).name for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)
+
+
+def rank_designs(settings: MonotonicitySettings) -> None:
+    """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
+    # 1. Everything a user can get wrong, before any model loads.
+    systems = read_systems(settings.rollouts)
+    board = read_leaderboard(settings.gold_scores)
+    for name in systems:
+        if not any(name in scores for scores in board.values()):
+            raise InputError(f"{settings.gold_scores}: no score for the system {name!r}")
+    ranked = {column: [name for name in systems if name in scores] for column, scores in board.items()}
+    ranked = {column: names for column, names in ranked.items() if len(names) >= 3}
+    if not ranked:
+        raise InputError(f"{settings.gold_scores}: fewer than 3 of the systems in every column, expected at least 3 for a correlation")
+    instructions = [text for text in next(iter(systems.values())) if all(text in outputs for outputs in systems.values())]
+    if len(instructions) < 2:
+        raise InputError(f"--rollouts: {len(instructions)} instructions that all {len(systems)} files have, expected at least 2")
+    most = max(map(len, systems.values()))
+    if len(instructions) < most:
+        print(f"{len(instructions)} of {most} instructions are in every file, and count")
+    proxy = RewardSettings(
+        **{**FULL_DESIGN, **{name: value for name, value in settings.overrides.items() if value is not None}},
+        reward_model_batch_size=settings.batch_size,
+    )
+    if settings.all_designs:
+        if not proxy.is_proxy:
+            raise InputError("--all_designs is for the proxy, not for --reward_function or --reward_model_name")
+        proxy = replace(proxy, length_incentive=True, **FULL_DESIGN)
+    proxy.check_reward()
+    check_device(settings.device)
+    references: list[dict] = [{} for _ in instructions]
+    if settings.data_path:
+        references = match_rows(settings.data_path, instructions, proxy.dataset_fields, settings.rollouts[0])
+    elif proxy.dataset_fields:
+        raise InputError("--data_path is missing, expected the rows' qtype and reference")
+    template = load_template(settings.chat_template_name or "alpaca")
+
+    # 2. Scores.
+    from tqdm import tqdm
+
+    folder = Path(settings.output_dir) / "designs"
+    folder.mkdir(parents=True, exist_ok=True)
+    reward = proxy.load_reward(template, settings.output_max_length or 512, settings.device or None)
+    every = {"every_feature": True} if settings.all_designs else {}
+    facts = {**proxy_facts(proxy, template, settings.output_max_length or 512), **every}
+    tables = {}
+    with tqdm(total=len(systems) * len(instructions), desc="proxy", unit="row") as bar:
+        for name, outputs in systems.items():
+            batch = reward_batch(instructions, [outputs[text] for text in instructions], references)
+            store = ScoreStore(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.scores.jsonl", facts)
+            tables[name] = proxy_columns(reward, store, batch, bar.update, **every)
+
+    # 3. The answer.
+    if settings.all_designs:
+        totals = {design: design_totals(reward, switches, list(tables.values())) for design, switches in all_designs().items()}
+    else:
+        totals = {"as set": np.array([table["total"] for table in tables.values()])}
+    order = list(systems)
+    found = {
+        design: {
+            column: rank_correlation(scores[[order.index(name) for name in names]], [board[column][name] for name in names])
+            for column, names in ranked.items()
+        }
+        for design, scores in totals.items()
+    }
+    print()
+    print_table([{"design": design, **{column: entry["spearman"] for column, entry in row.items()}} for design, row in found.items()])
+    for column, names in ranked.items():
+        defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
+        if defined:
+            best = max(defined, key=lambda design: defined[design]["spearman"])
+            entry = defined[best]
+            interval = "" if entry["interval"] is None else ", 95% interval over prompts {:.3f} to {:.3f}".format(*entry["interval"])
+            print(f"{column}: SpearmanR {entry['spearman']:.3f} for {best}, n = {len(names)} systems, permutation p "
+                  f"{entry['exact_pvalue']:.4g}{interval}")  # fmt: skip
+    means = {
+        name: dict(zip(totals, map(float, column))) for name, column in zip(order, np.stack([t.mean(axis=1) for t in totals.values()], 1))
+    }
+    record = provenance(
+        settings=asdict(settings),
+        model=proxy.reward_model_name or proxy.relevance_model_name,
+        dtype="float32",
+        template=template.name,
+        seed=0,
+        proxy=asdict(proxy),
+    )
+    write_json(folder / "designs.json", {"designs": found, "means": means, "rows": len(instructions), "provenance": record})
+    print(folder / "designs.json")
 
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(MonotonicitySettings, description=__doc__)
-    if not settings.model_prefix:
-        raise InputError("--model_prefix is missing, expected the part of the checkpoints' names before _step_<k>")
-
-    # 1. Everything a user can get wrong, before any model loads.
-    checkpoints = find_checkpoints(settings)
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    proxy = proxy_of_run(checkpoints[-1].trained, settings.batch_size)
-    references = read_references(settings, checkpoints, proxy)
-
-    from tqdm import tqdm
-
-    from chat_templates import TOKENIZER_OWN, load_template
-    from generation import load_tokenizer
-    from gold_models import load_gold_reward_model
-
-    if settings.gold_scores:
-        gold_means = read_gold_scores(settings.gold_scores, steps)
+    if settings.rollouts:
+        rank_designs(settings)
     else:
-        check_model_name(settings.gold_model)
-    proxy.check_reward()
-    check_device(settings.device)
-    warn_of_changed_code(checkpoints[-1], proxy)
-    trained = checkpoints[-1].trained
-    template_name = trained.get("chat_template_name", "alpaca")
-    own = template_name == TOKENIZER_OWN
-    template = load_template(template_name, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]) if own else None)
-
-    # 2. Proxy.
-    device = settings.device or None
-    reward = proxy.load_reward(template, trained.get("output_max_length", 512), device)
-    tables = {point.step: score_proxy(reward, point, references) for point in tqdm(checkpoints, desc="proxy", unit="checkpoint")}
-    proxy_scores = {step: table["total"] for step, table in tables.items()}
-
-    # 3. Gold.
-    gold: dict[int, list[float]] = {}
-    gold_dtype = None
-    if not settings.gold_scores:
-        model = load_gold_reward_model(settings.gold_model, device=device, batch_size=settings.batch_size)
-        gold_dtype = model.dtype
-        with tqdm(total=sum(len(point.rows) for point in checkpoints), desc="gold", unit="row") as bar:
-            for point in checkpoints:
-                queries, outputs = [row["instruction"] for row in point.rows], [row["output"] for row in point.rows]
-                gold[point.step] = model.get_reward({"query": queries, "response": outputs})
-                bar.update(len(point.rows))
-
-    # 4. The answer.
-    scores = {
-        "proxy": np.array([proxy_scores[step] for step in steps]),
-        "gold": np.array([gold[step] if gold else [gold_means[step]] for step in steps]),
-    }
-    curves = {name: table.mean(axis=1) for name, table in scores.items()}
-    components = {
-        step: {name: mean for name, column in table.items() if name != "total" and (mean := column_mean(column)) is not None}
-        for step, table in tables.items()
-    }
-    names = list(components[steps[0]])
-    rows = len(checkpoints[0].rows)
-    print(f"\n{'step':>8} {'proxy':>10} {'gold':>10} " + " ".join(f"{name:>{max(10, len(name))}}" for name in names) + f" {'rows':>6}")
-    for step, proxy_mean, gold_mean in zip(steps, curves["proxy"], curves["gold"]):
-        cells = " ".join(f"{components[step][name]:>{max(10, len(name))}.4f}" for name in names)
-        print(f"{step:>8} {proxy_mean:>10.4f} {gold_mean:>10.4f} {cells} {rows:>6}")
-    gains = {}
-    for name, table in scores.items():
-        if table.shape[1] > 1:
-            mean, error = paired_difference(table[0].tolist(), table[-1].tolist())
-            gains[name] = {"difference": mean, "standard_error": error}
-            print(f"{name}: step {steps[-1]} minus step {steps[0]}: {mean:+.4f}, standard error {error:.4f} (paired over {rows} rows)")
-    found = correlations(steps, scores["proxy"], scores["gold"], bool(gold), [row.get("qtype") for row in references])
-    print(describe(found, steps, len(steps) <= EXACT_UP_TO))
-
-    # 5. Files.
-    folder = Path(settings.output_dir) / f"{settings.model_prefix}_monotonicity"
-    record = provenance(
-        settings=asdict(settings),
-        model=settings.gold_scores or settings.gold_model,
-        dtype=gold_dtype,
-        template=template.name,
-        decoding=checkpoints[0].meta.get("decoding"),
-        seed=checkpoints[0].meta.get("seed"),
-        proxy=asdict(proxy),
-    )
-    curve = [
-        {"step": step, "proxy": float(proxy_mean), "gold": float(gold_mean), **components[step]}
-        for step, proxy_mean, gold_mean in zip(steps, curves["proxy"], curves["gold"])
-    ]
-    content = {"spearman": found, "curve": curve, "gains": gains, "per_row": {"proxy": proxy_scores, "gold": gold}, "provenance": record}
-    write_json(folder / "monotonicity.json", content)
-    rho = "undefined" if found["spearman"] is None else f"{found['spearman']:.2f}"
-    bands = {name: curve_band(table) for name, table in scores.items() if table.shape[1] > 1}
-    draw(folder / "monotonicity.png", steps, curves, bands, f"{settings.model_prefix}: SpearmanR {rho} over {len(steps)} checkpoints",
-         json.dumps(record))  # fmt: skip
-    print(folder)
+        judge_runs(settings)
 
 
 if __name__ == "__main__":

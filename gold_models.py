@@ -8,8 +8,11 @@ gold.get_reward({"query": [...], "response": [...]})    # -> list of floats
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +21,35 @@ from torch import nn
 
 from chat_templates import TOKENIZER_OWN, load_template
 from cpu_linear import use_onednn
-from records import InputError, adapter_base, loading, read_json, require_finite
+from records import InputError, adapter_base, check_model_name, file_digest, loading, read_json, require_finite
+from settings import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
+MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
+
+
+@dataclass
+class GoldSettings:
+    """How gold models are loaded and run. Shared by every script that scores with one."""
+
+    gold_batch_tokens: int = setting(16384, "most tokens, padding included, in a gold batch; a longer row is scored alone")
+    load_in_8bit: bool = setting(False, "gold weights in 8 bits (bitsandbytes)")
+    load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
+    human_assistant_prefix: bool = setting(False, "Starling: the instruction in a second frame of Human and Assistant, as published")
+
+    def check_gold(self, names: Sequence[str]) -> None:
+        """Raises InputError for what can be known to be unusable before a model loads."""
+        if self.gold_batch_tokens < 1:
+            raise InputError(f"--gold_batch_tokens is {self.gold_batch_tokens}, expected at least 1")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
+        if (self.load_in_8bit or self.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
+        for name in names:
+            check_model_name(name)
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
@@ -45,16 +71,38 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response
 class _GoldRewardModel(ABC):
     """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int, max_length: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        batch_size: int,
+        max_length: int,
+        settings: GoldSettings,
+    ):
         self.model = use_onednn(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size
         self.max_length = max_length
+        self.settings = settings
 
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def facts(self) -> dict:
+        """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
+        bits = asdict(self.settings)
+        del bits["gold_batch_tokens"]  # a matter of speed
+        return {
+            "gold": self.name,
+            "weights": weights_digest(self.name, self.model),
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            **bits,
+        }
 
     def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
         """One float a row for {"query": raw instructions, "response": responses}, in the order given.
@@ -62,16 +110,20 @@ class _GoldRewardModel(ABC):
         Raises:
             InputError: columns of different lengths, or a score that is not finite (named by row).
         """
+        scores = [0.0] * len(batch["query"])
+        for rows, found in self.iter_rewards(batch):
+            for row, score in zip(rows, found):
+                scores[row] = score
+        return scores
+
+    def iter_rewards(self, batch: Mapping[str, Sequence[str]]) -> Iterator[tuple[list[int], list[float]]]:
+        """`get_reward` batch by batch: the places (from 0) of the rows of each batch and their scores."""
         if len(batch["query"]) != len(batch["response"]):
             raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
         encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
-        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
-        scores = [0.0] * len(encoded)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for row, score in zip(rows, self._score_ids([encoded[row] for row in rows])):
-                scores[row] = score
-        return require_finite(scores, f"gold reward ({self.name})")
+        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, self.settings.gold_batch_tokens):
+            scores = require_finite(self._score_ids([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
+            yield rows, scores
 
     def encode(self, query: str, response: str) -> list[int]:
         """Token ids of one row, truncated on the left to `max_length`."""
@@ -92,6 +144,32 @@ class _GoldRewardModel(ABC):
         """[rows, time] ids and mask, padded on the right, to [rows] scores."""
 
 
+def batches_by_length(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Places of `lengths`, sorted by length, in batches of up to `most_rows` rows and, padded, `most_tokens` tokens (but for a lone row)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * lengths[place] <= most_tokens:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def weights_digest(name_or_path: str, model: PreTrainedModel) -> str:
+    """What tells one set of weights from another: a hub model's commit, a folder's files (an adapter's and its base's)."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return str(getattr(model.config, "_commit_hash", None))
+    files = sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern))
+    known = []
+    for path in files:
+        size = path.stat().st_size
+        known.append(f"{path.name} {file_digest(path) if size <= MOST_DIGESTED else (size, path.stat().st_mtime_ns)}")
+    if (folder / "adapter_config.json").is_file():
+        known.append(weights_digest(adapter_base(folder), model))
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
+
+
 class StarlingRMForInference(_GoldRewardModel):
     """Starling-RM: a Llama trunk under `transformer.`, a bias-free linear `v_head`, read at each row's last real token.
 
@@ -99,9 +177,9 @@ class StarlingRMForInference(_GoldRewardModel):
         name_or_path: hub name or folder (safetensors).
         tokenizer_name: its tokenizer; the default is what Starling-RM-34B was trained with. Its chat template is ChatML.
         device: "cuda", "cpu", ...; by default every GPU there is (`device_map="auto"`), else the CPU.
-        batch_size: rows per forward pass.
-        human_assistant_prefix: wrap the instruction as "\\n\\nHuman: ...\\n\\nAssistant: " inside the user turn, as the published
-            scoring script did (probably by mistake).
+        batch_size: most rows per forward pass.
+        settings: precision and batches; its `human_assistant_prefix` wraps the instruction as "\\n\\nHuman: ...\\n\\nAssistant: " inside the
+            user turn, as the published scoring script did (probably by mistake).
     """
 
     pad_token_id = 0
@@ -113,18 +191,18 @@ class StarlingRMForInference(_GoldRewardModel):
         device: str | None = None,
         batch_size: int = 8,
         max_length: int = 2048,
-        human_assistant_prefix: bool = False,
+        settings: GoldSettings | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
+        settings = settings or GoldSettings()
         with loading(tokenizer_name, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        model = _load_model(_starling_class(), name_or_path, device)
-        super().__init__(model, tokenizer, name_or_path, batch_size, max_length)
-        self.human_assistant_prefix = human_assistant_prefix
+        model = _load_model(_starling_class(), name_or_path, device, settings)
+        super().__init__(model, tokenizer, name_or_path, batch_size, max_length, settings)
 
     def encode(self, query: str, response: str) -> list[int]:
-        if self.human_assistant_prefix:
+        if self.settings.human_assistant_prefix:
             query = f"\n\nHuman: {query}\n\nAssistant: "
         text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
         return self.tokenizer(text)["input_ids"][-self.max_length :]
@@ -161,13 +239,21 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
 
     Args:
         name_or_path: hub name or folder.
-        device, batch_size: as for `StarlingRMForInference`.
+        device, batch_size, settings: as for `StarlingRMForInference`.
         max_length: rows longer than this, or than the model's own limit, are truncated on the left.
     """
 
-    def __init__(self, name_or_path: str, device: str | None = None, batch_size: int = 8, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        device: str | None = None,
+        batch_size: int = 8,
+        max_length: int = 2048,
+        settings: GoldSettings | None = None,
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        settings = settings or GoldSettings()
         adapter = Path(name_or_path) / "adapter_config.json"
         is_adapter = adapter.is_file()
         base = adapter_base(name_or_path) if is_adapter else name_or_path
@@ -176,7 +262,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
             raise InputError(f"{adapter}: task_type is {read_json(adapter)['task_type']!r}, expected SEQ_CLS, a reward model's")
         with loading(base, "a reward model's tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(base)
-        model = _load_model(AutoModelForSequenceClassification, base, device, new_head=is_adapter)
+        model = _load_model(AutoModelForSequenceClassification, base, device, settings, new_head=is_adapter)
         if is_adapter:
             from peft import PeftModel
 
@@ -186,13 +272,15 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_token_id = model.config.pad_token_id
-        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, tokenizer.model_max_length))
+        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, tokenizer.model_max_length), settings)
 
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
 
 
-def load_gold_reward_model(name_or_path: str = DEFAULT_GOLD, device: str | None = None, batch_size: int = 8) -> _GoldRewardModel:
+def load_gold_reward_model(
+    name_or_path: str = DEFAULT_GOLD, device: str | None = None, batch_size: int = 8, settings: GoldSettings | None = None
+) -> _GoldRewardModel:
     """Load a gold reward model: Starling where the name or the weights say so, any sequence classification model otherwise.
 
     Returns:
@@ -201,11 +289,13 @@ def load_gold_reward_model(name_or_path: str = DEFAULT_GOLD, device: str | None 
     Raises:
         InputError: no such model, no safetensors weights, no reward head, or an adapter whose base model is missing.
     """
+    cls = SequenceClassificationRMForInference
+    tokenizer = {}
     if _is_starling(name_or_path):
-        own_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
-        tokenizer = {"tokenizer_name": name_or_path} if own_tokenizer else {}
-        return StarlingRMForInference(name_or_path, device=device, batch_size=batch_size, **tokenizer)
-    return SequenceClassificationRMForInference(name_or_path, device=device, batch_size=batch_size)
+        cls = StarlingRMForInference
+        if (Path(name_or_path) / "tokenizer_config.json").is_file():
+            tokenizer = {"tokenizer_name": name_or_path}
+    return cls(name_or_path, device=device, batch_size=batch_size, settings=settings, **tokenizer)
 
 
 def _is_starling(name_or_path: str) -> bool:
@@ -228,11 +318,22 @@ def _weight_names(folder: Path) -> Iterable[str]:
         return list(weights.keys())
 
 
-def _load_model(cls: type, name_or_path: str, device: str | None, new_head: bool = False) -> PreTrainedModel:
+def _load_model(cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False) -> PreTrainedModel:
     """`cls.from_pretrained` from safetensors: bf16 over the GPUs there are, fp32 on a CPU; missing weights are an error."""
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     placement = {"device_map": "auto"} if cuda and device is None else {}
     labels = {"num_labels": 1} if new_head else {}
+    if settings.load_in_8bit or settings.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        # The head stays as it is: it is small, and all there is to the score's scale.
+        placement["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=settings.load_in_8bit,
+            load_in_4bit=settings.load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["v_head", "score", "classifier"],
+        )
     with loading(name_or_path, "a reward model"):
         model, loaded = cls.from_pretrained(
             name_or_path,

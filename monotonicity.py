@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
+
+from records import QTYPES
 
 EXACT_UP_TO = 10  # checkpoints: 10! orders are counted in a second
 RESAMPLES = 100_000
@@ -82,9 +85,11 @@ def permutation_pvalue(proxy: np.ndarray, gold: np.ndarray) -> float | None:
 def bootstrap_interval(proxy: np.ndarray, gold: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """A 95% percentile interval of Spearman's correlation over prompts drawn anew, the same ones for every checkpoint and both rewards.
 
-    It says how much the correlation owes to this choice of prompts, not to this run. None where a resample's curve is constant.
+    `gold` may be [checkpoints, 1], means that stay as they are. The interval says how much the correlation owes to this choice of prompts,
+    not to this run. None where a resample's curve is constant.
     """
     rows = proxy.shape[1]
+    gold = np.broadcast_to(gold, proxy.shape)
     counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples) / rows
     ranks = [rankdata(counts @ scores.T, axis=1) for scores in (proxy, gold)]
     centered = [each - each.mean(axis=1, keepdims=True) for each in ranks]
@@ -118,3 +123,101 @@ def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int 
     """The step where gold peaks while the proxy still rises after it: over-optimisation. None where there is no such step."""
     peak = int(np.argmax(gold))
     return steps[peak] if peak < len(steps) - 1 and max(proxy[peak + 1 :]) > proxy[peak] else None
+
+
+def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float]:
+    """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows))."""
+    differences = last - first
+    return {"difference": float(differences.mean()), "standard_error": float(differences.std(ddof=1) / math.sqrt(len(differences)))}
+
+
+def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: Sequence[str | None]) -> dict:
+    """All that is said of one run's two curves.
+
+    Args:
+        steps: of the checkpoints.
+        proxy: [checkpoints, rows].
+        gold: [checkpoints, rows], or [checkpoints, 1] where only means are known.
+        qtypes: of the rows, where they have any.
+    """
+    curves = proxy.mean(axis=1), gold.mean(axis=1)
+    rho = spearman(*curves)
+    found = {
+        "n": len(steps),
+        "spearman": rho,
+        "pvalue": float(spearmanr(*curves).pvalue) if rho is not None else None,
+        "exact_pvalue": permutation_pvalue(*curves),
+        "kendall": kendall(*curves),
+        "turning_point": turning_point(steps, *curves),
+    }
+    if gold.shape == proxy.shape and proxy.shape[1] > 1:
+        found["gain"] = paired_difference(gold[0], gold[-1])
+        found["interval"] = bootstrap_interval(proxy, gold)
+        found["agreement"] = agreement(proxy, gold)
+        found["by_qtype"] = {}
+        for qtype in QTYPES:
+            rows = [row for row, own in enumerate(qtypes) if own == qtype]
+            if rows:
+                part = spearman(proxy[:, rows].mean(axis=1), gold[:, rows].mean(axis=1))
+                found["by_qtype"][qtype] = {"spearman": part, "rows": len(rows)}
+    return found
+
+
+def describe(found: dict, steps: list[int]) -> str:
+    """The correlations in words, the published line first."""
+    if found["spearman"] is None:
+        return "SpearmanR is undefined: every checkpoint has the same mean proxy or the same mean gold score"
+    orders = "all" if found["n"] <= EXACT_UP_TO else "drawn"
+    lines = [
+        f"SignificanceResult(statistic={found['spearman']}, pvalue={found['pvalue']})",
+        f"n = {found['n']} checkpoints of one run; p over {orders} orders of them {found['exact_pvalue']:.4g}, "
+        f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
+    ]
+    if found.get("interval"):
+        lines.append("95% interval of SpearmanR over prompts drawn anew: {:.3f} to {:.3f}".format(*found["interval"]))
+    if found.get("by_qtype"):
+        parts = (f"{qtype} {shown(part['spearman'])} ({part['rows']} rows)" for qtype, part in found["by_qtype"].items())
+        lines.append(f"SpearmanR by query type: {', '.join(parts)}")
+    if found.get("agreement") and found["agreement"]["share"] is not None:
+        share, rows = found["agreement"]["share"], found["agreement"]["rows"]
+        lines.append(f"prompt by prompt, gold moved with the proxy from step {steps[0]} to {steps[-1]} in {share:.1%} of {rows}")
+    if found["turning_point"] is not None:
+        lines.append(f"gold peaks at step {found['turning_point']} while the proxy rises beyond it: over-optimisation from there on")
+    return "\n".join(lines)
+
+
+def shown(rho: float | None) -> str:
+    """A correlation with three digits, or "undefined"."""
+    return "undefined" if rho is None else f"{rho:.3f}"
+
+
+def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
+    """Several runs as one answer, gold by gold: the mean of their correlations, how far they scatter, and a p of that mean.
+
+    Returns:
+        By gold: "runs" (name to SpearmanR), "mean", "standard_error" over runs, "pvalue" of the mean where each run's checkpoints are
+        put in random orders independently (two-sided, `RESAMPLES` draws), and "mean_curves", SpearmanR of the curves
+        averaged over runs where all have the same steps. None where a correlation is undefined.
+    """
+    result = {}
+    for gold in runs[0].gold:
+        rhos = {run.name: run.found[gold]["spearman"] for run in runs}
+        entry: dict = {"runs": rhos, "mean": None, "standard_error": None, "pvalue": None, "mean_curves": None}
+        if None not in rhos.values():
+            values = np.array(list(rhos.values()))
+            entry["mean"] = float(values.mean())
+            entry["standard_error"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+            rng = np.random.default_rng(0)
+            drawn = np.zeros(RESAMPLES)
+            for run in runs:
+                one, other = (rankdata(scores.mean(axis=1)) for scores in (run.proxy, run.gold[gold]))
+                one, other = ((ranks - ranks.mean()) / ranks.std() for ranks in (one, other))
+                drawn += rng.permuted(np.tile(other, (RESAMPLES, 1)), axis=1) @ one / len(one)
+            entry["pvalue"] = float((1 + (np.abs(drawn / len(runs)) >= abs(entry["mean"]) - 1e-9).sum()) / (1 + RESAMPLES))
+        if all(run.steps == runs[0].steps for run in runs):
+            curves = (
+                np.mean([scores.mean(axis=1) for scores in both], axis=0) for both in zip(*((run.proxy, run.gold[gold]) for run in runs))
+            )
+            entry["mean_curves"] = spearman(*curves)
+        result[gold] = entry
+    return result

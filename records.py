@@ -142,10 +142,13 @@ def _check_row(row: object, fields: Mapping[str, Sequence[str] | None], where: s
             raise InputError(f"{where}: field '{field}' is {value!r}, expected {' or '.join(allowed)}")
 
 
-def require_finite(values: Sequence[float], what: str) -> list[float]:
-    """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite."""
+def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:
+    """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite.
+
+    `places` (from 0) are those of the rows, where they are not 0, 1, 2 ...
+    """
     numbers = []
-    for number, value in enumerate(values, start=1):
+    for number, value in zip(range(1, len(values) + 1) if places is None else (place + 1 for place in places), values):
         try:
             numbers.append(float(value))
         except (TypeError, ValueError):

@@ -26,7 +26,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -515,14 +515,32 @@ class RewardSettings:
         )
 
 
-def proxy_of_run(trained: Mapping, batch_size: int = 8) -> RewardSettings:
-    """The proxy of a run from its recorded settings; the paper's full design where there are none, or no proxy in them."""
-    found = {field.name: trained[field.name] for field in fields(RewardSettings) if field.name in trained}
+ProxyOverrides = make_dataclass(
+    "ProxyOverrides",
+    [
+        (field.name, f"{field.type} | None", setting(None, f"{field.metadata['help']} (None: as the run was trained)"))
+        for field in fields(RewardSettings)
+        if field.name != "reward_model_batch_size"
+    ],
+)
+FULL_DESIGN = {"repetition_penalty": True, "relevance_scaling": True, "reward_branching": True}
+
+
+def proxy_of_run(trained: Mapping, batch_size: int = 8, overrides: Mapping | None = None) -> RewardSettings:
+    """The proxy of a run from its recorded settings; the paper's full design where there are none, or no proxy in them.
+
+    Args:
+        trained: the run's settings; empty where there is no record.
+        batch_size: rows per batch of the reward's models.
+        overrides: what to read in place of the record; None values are as the record has them.
+    """
+    names = {field.name for field in fields(RewardSettings)}
+    found = {name: value for name, value in trained.items() if name in names}
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
-    full = {"repetition_penalty": True, "relevance_scaling": True, "reward_branching": True}
-    return RewardSettings(**{**full, **found, "reward_model_batch_size": batch_size})
+    found |= {name: value for name, value in (overrides or {}).items() if name in names and value is not None}
+    return RewardSettings(**{**FULL_DESIGN, **found, "reward_model_batch_size": batch_size})
 
 
 def reward_batch(instructions: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping]) -> dict[str, list]:

@@ -1,0 +1,110 @@
+"""Proxy designs on outputs that exist already: which of the sixteen on/off settings ranks systems as a leaderboard does?"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from monotonicity import bootstrap_interval, kendall, permutation_pvalue, spearman
+from records import InputError, read_rows, read_text
+from reward_model import ReversedEngineeredRewardForInference
+
+SWITCHES = {
+    "LI": "length_incentive",
+    "RP": "repetition_penalty",
+    "relevance": "relevance_scaling",
+    "branching": "reward_branching",
+}
+
+
+def read_table(path: str) -> list[dict]:
+    """The rows of a CSV file, or of a JSON or JSONL list. Raises InputError where it cannot be read or has no rows."""
+    if not path.endswith(".csv"):
+        return read_rows(path, {})
+    rows = list(csv.DictReader(read_text(path).removeprefix("\ufeff").splitlines()))
+    if not rows:
+        raise InputError(f"{path}: no rows, expected a header and at least one")
+    return rows
+
+
+def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
+    """Gold scores of systems: {column: {system: score}}, from a table whose first column, or `generator`, names the system.
+
+    Columns with anything but numbers in them are left out; so are empty cells.
+
+    Raises:
+        InputError: no rows, a system twice, or no column of numbers.
+    """
+    rows = read_table(path)
+    key = "generator" if "generator" in rows[0] else next(iter(rows[0]))
+    names = [str(row.get(key)) for row in rows]
+    for number, name in enumerate(names, start=1):
+        if names.index(name) != number - 1:
+            raise InputError(f"{path}: row {number}: {key} {name!r} comes twice")
+    columns = {}
+    for column in rows[0]:
+        cells = {name: row.get(column) for name, row in zip(names, rows) if row.get(column) not in (None, "")}
+        try:
+            scores = {name: float(cell) for name, cell in cells.items()}
+        except (TypeError, ValueError):
+            continue
+        if column != key and scores and all(map(math.isfinite, scores.values())):
+            columns[column] = scores
+    if not columns:
+        raise InputError(f"{path}: no column of numbers, expected one with the systems' scores")
+    return columns
+
+
+def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Outputs of systems: {system: {instruction: output}}; a system is its rows' `generator`, or the file's name where they have none.
+
+    Raises:
+        InputError: an unusable file, or a system twice.
+    """
+    systems = {}
+    for path in paths:
+        rows = read_rows(path, {"instruction": None, "output": None})
+        name = rows[0].get("generator") or Path(path).name.split(".")[0]
+        if name in systems:
+            raise InputError(f"{path}: system {name!r} comes twice, expected one file for each")
+        systems[name] = {row["instruction"]: row["output"] for row in rows}
+    return systems
+
+
+def all_designs() -> dict[str, dict[str, bool]]:
+    """The sixteen on/off settings of the four switches, by name: "LI * RP * relevance, branching" and so on."""
+    designs = {}
+    for values in itertools.product((True, False), repeat=len(SWITCHES)):
+        on = [name for name, value in zip(SWITCHES, values) if value]
+        parts = " * ".join(name for name in on if name != "branching") or "1"
+        designs[parts + (", branching" if "branching" in on else "")] = dict(zip(SWITCHES.values(), values))
+    return designs
+
+
+def design_totals(
+    reward: ReversedEngineeredRewardForInference, design: Mapping[str, bool], tables: Sequence[Mapping[str, list]]
+) -> np.ndarray:
+    """[systems, rows] rewards under a design, from components that `score(..., every_feature=True)` of the full design gave."""
+    variant = copy.copy(reward)
+    for switch, value in design.items():
+        setattr(variant, switch, value)
+    variant.reward_branching = design["reward_branching"] and (design["relevance_scaling"] or reward.rouge_l or reward.bleu)
+    return np.array([[variant.compose(dict(zip(table, row))) for row in zip(*table.values())] for table in tables])
+
+
+def rank_correlation(totals: np.ndarray, scores: Sequence[float]) -> dict:
+    """What is said of [systems, rows] rewards beside [systems] gold scores: correlations of the systems' means, a p, an interval over prompts."""
+    means = totals.mean(axis=1)
+    return {
+        "systems": len(means),
+        "spearman": spearman(means, scores),
+        "kendall": kendall(means, scores),
+        "exact_pvalue": permutation_pvalue(means, scores),
+        "interval": bootstrap_interval(totals, np.array(scores)[:, None]),
+    }
