@@ -354,7 +354,8 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         qtypes=qtypes,
         references=[row.get("output") for row in run.references],
         responses=[[row["output"] for row in point.rows] for point in run.checkpoints],
-        components={**components, "tokens": np.array(tokens, dtype=float)},
+        tokens=np.array(tokens),
+        components=components,
         proxy=proxy,
         gold=gold,
         kl=read_kl(run.trained, steps),
@@ -372,6 +373,7 @@ def curve(run: ScoredRun) -> list[dict]:
         row = {"step": step, "proxy": float(run.proxy[place].mean())}
         row |= {name: float(scores[place].mean()) for name, scores in run.gold.items()}
         row |= {name: float(np.nanmean(scores[place])) for name, scores in run.components.items() if not np.isnan(scores[place]).all()}
+        row["tokens"] = float(run.tokens[place].mean())
         if None not in run.kl:
             row["kl"] = run.kl[place]
         rows.append({**row, "rows": run.proxy.shape[1]})
@@ -396,7 +398,7 @@ def print_table(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> None:
 
 def print_run(run: ScoredRun) -> None:
     print(f"\n{run.name}")
-    print_table([{**row, **{name: row[name] for name in run.gold}} for row in curve(run)], whole=("step", "rows"))
+    print_table(curve(run), whole=("step", "rows"))
     steps = run.steps
     differences = {"proxy": paired_difference(run.proxy[0], run.proxy[-1])} if run.proxy.shape[1] > 1 else {}
     differences |= {name: found["gain"] for name, found in run.found.items() if "gain" in found}

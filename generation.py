@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from cpu_linear import OneDNNLinear, use_onednn
 from records import InputError, loading, read_json
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedTokenizerBase
+
+GROUPED = "grouped_sdpa"  # what `grouped_attention` is registered as
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,31 @@ def _roomy_cache(model: PreTrainedModel, length: int) -> Cache:
     return cache
 
 
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, which gives every query head a copy of its keys and values, without the copies for a single new token.
+
+    The query heads that share a key head become that head's query positions: [batch, key heads, heads / key heads, size].
+    """
+    if query.shape[1] == key.shape[1] or query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    batch, heads, _, size = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.reshape(batch, 1, heads, size), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
 @contextmanager
 def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     """The model in the form in which a token costs least, while the block runs.
@@ -157,7 +187,12 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32 and not layer.lora_variant]
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
     packable = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and layer.packable()]
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    regrouped = [config for config in configs.values() if on_cpu and config._attn_implementation == "sdpa"]
     try:
+        for config in regrouped:
+            config._attn_implementation = GROUPED
         with torch.no_grad():
             for layer in lora:
                 base = layer.get_base_layer()
@@ -167,6 +202,8 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
                 layer.pack(layer.weight.data, batch_size)
         yield
     finally:
+        for config in regrouped:
+            config._attn_implementation = "sdpa"
         for layer in packable:
             layer.unpack()
         for layer in lora:

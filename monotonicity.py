@@ -28,6 +28,7 @@ class ScoredRun:
         steps: [checkpoints] PPO steps, rising.
         instructions, qtypes, references: [rows]; the last two None where a row has none.
         responses: [checkpoints][rows] texts.
+        tokens: [checkpoints, rows] length of each response up to its first stop string, in `wordpunct_tokenize`'s tokens.
         components: feature to [checkpoints, rows]; NaN where a row's branch does not use it.
         proxy: [checkpoints, rows].
         gold: gold's name to [checkpoints, rows], or [checkpoints, 1] where only means are known.
@@ -41,6 +42,7 @@ class ScoredRun:
     qtypes: list[str | None]
     references: list[str | None]
     responses: list[list[str]]
+    tokens: np.ndarray
     components: dict[str, np.ndarray]
     proxy: np.ndarray
     gold: dict[str, np.ndarray]

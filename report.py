@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from nltk.tokenize import wordpunct_tokenize
 
 from monotonicity import EXACT_UP_TO, ScoredRun, curve_band
 from records import REPOSITORY, atomic_path
@@ -105,20 +104,19 @@ def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None,
     Args:
         target: the file.
         runs: at least one; the page switches between them by name.
-        together: what the runs say together, gold's name to named values (a number, a text, a pair for an interval), or one such
-            mapping; None where there is nothing to say.
+        together: what `monotonicity.together` says of several runs; None for one.
         record: shown as provenance, whatever it holds.
     """
     environment = Environment(
         loader=FileSystemLoader(REPOSITORY / "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["shell"] = shlex.join
-    lengths = [np.array([[len(wordpunct_tokenize(text)) for text in texts] for texts in run.responses]) for run in runs]
-    summary = {"runs": [_summary(run, length) for run, length in zip(runs, lengths)], "together": _plain(_by_gold(together))}
+    golds = {gold: {name: value for name, value in entry.items() if name != "runs"} for gold, entry in (together or {}).items()}
+    summary = {"runs": [_summary(run) for run in runs], "together": _plain(golds)}
     page = environment.get_template("report.html.jinja").stream(
         names=[run.name for run in runs],
         summary=embedded_json(summary),
-        rollouts=(embedded_json(_rollouts(run, length)) for run, length in zip(runs, lengths)),
+        rollouts=(embedded_json(_rollouts(run)) for run in runs),
         record=record,
     )
     with atomic_path(target) as temporary:
@@ -131,7 +129,7 @@ def embedded_json(content: object) -> Markup:
     return Markup(re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
-def _summary(run: ScoredRun, length: np.ndarray) -> dict:
+def _summary(run: ScoredRun) -> dict:
     labels = _labels(run)
     return {
         "name": run.name,
@@ -145,11 +143,11 @@ def _summary(run: ScoredRun, length: np.ndarray) -> dict:
             for name, scores in run.gold.items()
         ],
         "components": {name: _curve(scores) for name, scores in run.components.items()},
-        "length": _curve(length),
+        "length": _curve(run.tokens),
     }
 
 
-def _rollouts(run: ScoredRun, length: np.ndarray) -> dict:
+def _rollouts(run: ScoredRun) -> dict:
     return {
         "instructions": run.instructions,
         "qtypes": run.qtypes,
@@ -158,7 +156,7 @@ def _rollouts(run: ScoredRun, length: np.ndarray) -> dict:
         "proxy": _plain(run.proxy),
         "golds": [_plain(scores) if scores.shape[1] == len(run.instructions) else None for scores in run.gold.values()],
         "components": {name: _plain(scores) for name, scores in run.components.items()},
-        "length": length.tolist(),
+        "length": run.tokens.tolist(),
     }
 
 
@@ -172,13 +170,6 @@ def _curve(scores: np.ndarray) -> dict[str, list]:
         low, high = curve_band(scores[:, known[0]])
         curve |= {"low": _plain(low), "high": _plain(high)}
     return curve
-
-
-def _by_gold(together: dict | None) -> dict[str, dict]:
-    """`together` as a table: gold's name to its values; "" where there are no golds in it."""
-    if not together:
-        return {}
-    return together if all(isinstance(value, dict) for value in together.values()) else {"": together}
 
 
 def _plain(value: object) -> object:

@@ -1,39 +1,39 @@
-"""The monotonicity stage on files made by hand: which checkpoints count, what is refused, and the arithmetic."""
+"""The monotonicity stage on files made by hand: which checkpoints count, what is refused, and what is scored only once."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
+from conftest import ROWS, run_script
 
+from chat_templates import load_template
 from eval_monotonicity import (
     MonotonicitySettings,
-    correlations,
-    describe,
+    curve,
     find_checkpoints,
-    paired_difference,
+    print_table,
+    proxy_columns,
     read_gold_scores,
+    read_kl,
+    read_run,
+    scored_run,
+    short_names,
     warn_of_changed_code,
 )
-from records import InputError
-from reward_model import proxy_of_run
+from records import InputError, read_json
+from reward_model import ReversedEngineeredRewardForInference, proxy_of_run
+from scores import ScoreStore, score_rows
 
 
-def make_run(folder, steps, instructions=("a", "b")):
+def make_run(folder, steps, instructions=("a", "b"), name="run"):
     for step in steps:
-        checkpoint = folder / f"run_step_{step}"
+        checkpoint = folder / f"{name}_step_{step}"
         checkpoint.mkdir()
-        rows = [{"instruction": text, "output": f"{text} {step}"} for text in instructions]
-        (checkpoint / f"alpaca-eval-run_step_{step}.json").write_text(json.dumps(rows), encoding="utf-8")
-    return MonotonicitySettings(output_dir=str(folder), model_prefix="run")
-
-
-def test_paired_difference():
-    mean, error = paired_difference([1.0, 2.0, 3.0], [2.0, 4.0, 3.0])
-    assert mean == 1.0
-    assert error == pytest.approx(1 / math.sqrt(3))  # the differences 1, 2, 0 have a sample standard deviation of 1
+        rows = [{"instruction": text, "output": f"{text} {'w ' * step}".strip()} for text in instructions]
+        (checkpoint / f"alpaca-eval-{name}_step_{step}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return MonotonicitySettings(output_dir=str(folder), model_prefix=[name])
 
 
 def test_checkpoints_are_found_by_number(tmp_path, capsys):
@@ -41,82 +41,30 @@ def test_checkpoints_are_found_by_number(tmp_path, capsys):
     (tmp_path / "run_step_2000").mkdir()  # no rollouts
     (tmp_path / "run_step_x").mkdir()
     (tmp_path / "rerun_step_500").mkdir()
-    assert [point.step for point in find_checkpoints(settings)] == [500, 1000, 1500, 10000]
-    assert capsys.readouterr().out == "without rollouts, left out: steps 2000\n"
+    assert [point.step for point in find_checkpoints(settings, "run")] == [500, 1000, 1500, 10000]
+    assert capsys.readouterr().out == "without rollouts, left out: run, steps 2000\n"
     settings.include_start = True
-    assert [point.step for point in find_checkpoints(settings)] == [0, 500, 1000, 1500, 10000]
+    assert [point.step for point in find_checkpoints(settings, "run")] == [0, 500, 1000, 1500, 10000]
     settings.steps = [1500, 0, 500]
-    assert [point.step for point in find_checkpoints(settings)] == [0, 500, 1500]
+    assert [point.step for point in find_checkpoints(settings, "run")] == [0, 500, 1500]
     settings.steps = [500, 1000, 2000]
     with pytest.raises(InputError, match="run_step_2000: no rollouts, expected them from evaluation.py"):
-        find_checkpoints(settings)
+        find_checkpoints(settings, "run")
 
 
 def test_too_few_checkpoints(tmp_path):
     with pytest.raises(InputError, match="2 checkpoints of run with rollouts, expected at least 3"):
-        find_checkpoints(make_run(tmp_path, [500, 1000]))
+        find_checkpoints(make_run(tmp_path, [500, 1000]), "run")
 
 
 def test_rollouts_on_other_instructions_are_refused(tmp_path):
     settings = make_run(tmp_path, [500, 1000])
     make_run(tmp_path, [1500], instructions=("a", "c"))
     with pytest.raises(InputError, match="alpaca-eval-run_step_1500.json: row 2: another instruction than at step 500"):
-        find_checkpoints(settings)
+        find_checkpoints(settings, "run")
     (tmp_path / "run_step_1500" / "alpaca-eval-run_step_1500.json").write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
     with pytest.raises(InputError, match="1 rows, expected 2 as at step 500"):
-        find_checkpoints(settings)
-
-
-def test_the_proxy_is_the_runs_own(tmp_path):
-    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
-    assert proxy_of_run(point.trained, 4).reward_branching is True  # without a record: the paper's full design
-    trained = {"repetition_penalty": False, "relevance_scaling": False, "length_target": 20, "output_max_length": 48}
-    (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
-    found = proxy_of_run(point.trained, 4)
-    assert (found.repetition_penalty, found.relevance_scaling, found.length_target, found.reward_model_batch_size) == (False, False, 20, 4)
-
-
-def test_changed_reward_code_is_said(tmp_path, capsys):
-    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
-    proxy = proxy_of_run(point.trained, 4)
-    for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
-        (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
-        warn_of_changed_code(point, proxy)
-        assert ("reward_model.py has changed since run_step_1 was trained" in capsys.readouterr().out) is warned
-
-
-def test_a_run_against_a_reward_model_is_judged_by_the_full_design(tmp_path, capsys):
-    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]))[0]
-    trained = {"reward_model_name": "owner/rm", "repetition_penalty": False, "relevance_scaling": False, "reward_branching": False,
-               "relevance_model_name": "owner/encoder"}  # fmt: skip
-    (point.folder / "training_record.json").write_text(json.dumps({"settings": trained}), encoding="utf-8")
-    assert proxy_of_run(point.trained, 4).relevance_scaling is True
-    assert "judged by the full proxy design" in capsys.readouterr().out
-
-
-def test_curves_that_do_not_move_have_no_correlation(tmp_path):
-    steps, proxy, gold = [1, 2, 3], np.array([[0.5, 0.5]] * 3), np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]])
-    found = correlations(steps, proxy, gold, True, [None, None])
-    assert found["spearman"] is None and found["pvalue"] is None and found["turning_point"] is None
-    assert "SpearmanR is undefined" in describe(found, steps, True)
-
-
-def test_what_is_said_of_two_curves():
-    steps = [10, 20, 30]
-    proxy = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [3.0, 4.0, 5.0]])
-    gold = np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0], [2.0, 4.0, 2.5]])
-    found = correlations(steps, proxy, gold, True, ["OPENENDED", "OPENENDED", "CONSTRAINED"])
-    assert found["spearman"] == pytest.approx(0.5) and found["exact_pvalue"] == 1.0 and found["kendall"] == pytest.approx(1 / 3)
-    assert found["by_qtype"] == {
-        "OPENENDED": {"spearman": pytest.approx(0.5), "rows": 2},
-        "CONSTRAINED": {"spearman": pytest.approx(-0.5), "rows": 1},
-    }
-    assert found["agreement"] == {"share": pytest.approx(2 / 3), "rows": 3} and found["turning_point"] == 20
-    said = describe(found, steps, True)
-    assert said.startswith("SignificanceResult(statistic=0.5, pvalue=")
-    assert "p over all orders of them 1, Kendall's tau 0.333" in said and "over-optimisation from there on" in said
-    only_means = correlations(steps, proxy, gold.mean(axis=1, keepdims=True), False, [None] * 3)
-    assert only_means["spearman"] == pytest.approx(0.5) and "interval" not in only_means
+        find_checkpoints(settings, "run")
 
 
 def test_rollouts_drawn_otherwise_are_refused(tmp_path):
@@ -127,21 +75,210 @@ def test_rollouts_drawn_otherwise_are_refused(tmp_path):
     with pytest.raises(
         InputError, match="run_step_1500.json: decoding is {'temperature': 1.0}, expected {'temperature': 0.7} as at step 500"
     ):
-        find_checkpoints(settings)
+        find_checkpoints(settings, "run")
+
+
+def test_the_proxy_is_the_runs_own_unless_a_flag_says_otherwise(tmp_path):
+    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
+    assert point.record == {} and proxy_of_run({}, 4).reward_branching is True  # without a record: the paper's full design
+    trained = {"repetition_penalty": False, "relevance_scaling": False, "length_target": 20, "output_max_length": 48}
+    found = proxy_of_run(trained, 4)
+    assert (found.repetition_penalty, found.relevance_scaling, found.length_target, found.reward_model_batch_size) == (False, False, 20, 4)
+    found = proxy_of_run(trained, 4, {"repetition_penalty": True, "length_target": None, "output_dir": "x"})
+    assert (found.repetition_penalty, found.relevance_scaling, found.length_target) == (True, False, 20)
+
+
+def test_changed_reward_code_is_said(tmp_path, capsys):
+    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
+    proxy = proxy_of_run({}, 4)
+    for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
+        (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
+        warn_of_changed_code(point, proxy)
+        assert ("reward_model.py has changed since run_step_1 was trained" in capsys.readouterr().out) is warned
+
+
+def test_a_run_against_a_reward_model_is_judged_by_the_full_design(capsys):
+    trained = {"reward_model_name": "owner/rm", "repetition_penalty": False, "relevance_scaling": False, "reward_branching": False,
+               "relevance_model_name": "owner/encoder"}  # fmt: skip
+    assert proxy_of_run(trained, 4).relevance_scaling is True
+    assert "judged by the full proxy design" in capsys.readouterr().out
 
 
 def test_gold_tables(tmp_path):
     table = tmp_path / "gold.json"
     table.write_text('[{"step": 2, "gold": 0.5}, {"step": 1, "gold": "0.25"}]', encoding="utf-8")
-    assert read_gold_scores(str(table), [1, 2]) == {1: 0.25, 2: 0.5}
+    assert read_gold_scores(str(table), [1, 2]) == {"gold": {1: 0.25, 2: 0.5}}
     with pytest.raises(InputError, match="gold.json: no row for step 3"):
         read_gold_scores(str(table), [1, 2, 3])
     csv = tmp_path / "gold.csv"
-    csv.write_text("\ufeffstep,gold\n1.0,0.5\n", encoding="utf-8")
-    assert read_gold_scores(str(csv), [1]) == {1: 0.5}
+    csv.write_text("\ufeffstep,human,note,gpt4\n1.0,0.5,first,3\n", encoding="utf-8")
+    assert read_gold_scores(str(csv), [1]) == {"human": {1: 0.5}, "gpt4": {1: 3.0}}
     csv.write_text("step,gold\n1,0.5\n1,0.6\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 2: step 1 comes twice"):
         read_gold_scores(str(csv), [1])
+    csv.write_text("step,gold\n1,0.5\n2,\n", encoding="utf-8")
+    with pytest.raises(InputError, match="row 2: field 'gold' is '', expected a number"):
+        read_gold_scores(str(csv), [1])
+    csv.write_text("step,gold\n1,nan\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gold.csv, gold: row 1 has the value nan, expected a finite number"):
+        read_gold_scores(str(csv), [1])
     table.write_text('[{"step": 1, "gold": null}]', encoding="utf-8")
-    with pytest.raises(InputError, match="row 1: field 'gold' is None, expected a number"):
+    with pytest.raises(InputError, match="row 1: no column of numbers besides 'step'"):
         read_gold_scores(str(table), [1])
+
+
+def test_kl_is_that_of_the_steps_after_a_checkpoint(tmp_path):
+    lines = [{"step": step, "objective/kl": float(step)} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    # checkpoint 4: steps 3 to 7; checkpoint 8: steps 7 and 8, the last ones there are; checkpoint 20: none
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8, 20]) == [0.0, 5.0, 7.5, None]
+    assert read_kl({}, [0, 4]) == [None, None]
+
+
+def test_names_of_golds():
+    assert short_names(["assets/demo_gold_rm"]) == ["gold"]
+    assert short_names(["a/one", "b/two"]) == ["one", "two"]
+    assert short_names(["a/one", "b/one"]) == ["a/one", "b/one"]
+    with pytest.raises(InputError, match="names a model twice"):
+        short_names(["a", "a"])
+
+
+def test_tables_are_aligned(capsys):
+    print_table([{"design": "LI", "x": 0.5}, {"design": "1", "x": None}])
+    assert capsys.readouterr().out == "design       x\nLI      0.5000\n1            -\n"
+
+
+# ------------------------------------------------------------------------------------------------------ kept row by row
+
+
+def test_what_is_scored_is_not_scored_again(tmp_path):
+    path = tmp_path / "x.scores.jsonl"
+    calls = []
+
+    def score(places):
+        for place in places:
+            calls.append(place)
+            yield [place], [place + 0.5]
+
+    texts = [{"t": "a"}, {"t": "b"}, {"t": "a"}]
+    done = []
+    assert score_rows(ScoreStore(path, {"gold": "one"}), texts, score, done.append) == [0.5, 1.5, 0.5]
+    assert calls == [0, 1] and sum(done) == 3  # equal rows are scored once
+    assert score_rows(ScoreStore(path, {"gold": "one"}), [*texts, {"t": "c"}], score, done.append) == [0.5, 1.5, 0.5, 3.5]
+    assert calls == [0, 1, 3]
+    assert score_rows(ScoreStore(path, {"gold": "two"}), texts[:1], score, done.append) == [0.5]  # another scorer, the same file
+    assert calls == [0, 1, 3, 0]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["facts"] for line in lines if "facts" in line] == [{"gold": "one"}, {"gold": "two"}]
+    assert [line["row"] for line in lines if "text" in line] == [1, 2, 4, 1]
+
+
+def test_an_interruption_loses_one_batch(tmp_path):
+    path = tmp_path / "x.scores.jsonl"
+    texts = [{"t": name} for name in "abcd"]
+
+    def interrupted(places):
+        yield places[:2], [1.0, 2.0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_rows(ScoreStore(path, {}), texts, interrupted, len_of := [].append)
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole + '{"scorer": "torn', encoding="utf-8")
+    store = ScoreStore(path, {})
+    assert sorted(store.found.values()) == [1.0, 2.0] and path.read_text(encoding="utf-8") == whole
+    rest = []
+    score_rows(store, texts, lambda places: iter([(places, rest.extend(places) or [3.0, 4.0])]), len_of)
+    assert rest == [2, 3]
+    path.write_text(whole + "[]\n", encoding="utf-8")
+    with pytest.raises(InputError, match="x.scores.jsonl: line 4 is no score"):
+        ScoreStore(path, {})
+
+
+def test_proxy_components_are_kept(tmp_path, monkeypatch):
+    reward = ReversedEngineeredRewardForInference(load_template("alpaca"), repetition_penalty=True)
+    batch = {"query": ["q", "q"], "response": ["one two three one two three one two three", "four"]}
+    first = proxy_columns(reward, ScoreStore(tmp_path / "s", {"x": 1}), batch, int)
+    assert first == reward.score(batch) and first["total"] == [pytest.approx(0.09 * 3 / 7), 0.01]
+    monkeypatch.setattr(reward, "score", None)
+    assert proxy_columns(reward, ScoreStore(tmp_path / "s", {"x": 1}), batch, int) == first
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole
+
+
+def test_a_run_as_one_value(tmp_path):
+    settings = make_run(tmp_path, [1, 2, 4], instructions=("a", "b", "c"))
+    settings.relevance_scaling, settings.repetition_penalty = False, False
+    with pytest.warns(UserWarning, match="changes nothing"):
+        run = read_run(settings, "run")
+        reward = run.proxy.load_reward(run.template, 512, None)
+    tables = [reward.score({"query": ["a", "b", "c"], "response": [row["output"] for row in point.rows]}) for point in run.checkpoints]
+    scored = scored_run(run, tables, {"gold": np.array([[1.0], [3.0], [2.0]])})
+    np.testing.assert_allclose(scored.proxy, [[0.02] * 3, [0.03] * 3, [0.05] * 3])
+    assert list(scored.components) == ["length", "repetition"] and scored.tokens.tolist() == [[2] * 3, [3] * 3, [5] * 3]
+    assert scored.found["gold"]["spearman"] == pytest.approx(0.5) and scored.found["gold"]["turning_point"] == 2
+    assert curve(scored)[1] == {
+        "step": 2, "proxy": pytest.approx(0.03), "gold": 3.0, "length": pytest.approx(0.03), "repetition": 1.0, "tokens": 3.0, "rows": 3,
+    }  # fmt: skip
+
+
+def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
+    """Two seeds, a gold model and a table of another gold; the second time nothing is scored."""
+    for name in ("one", "two"):
+        make_run(tmp_path, [1, 2, 4], instructions=[row["input"] for row in ROWS], name=name)
+    table = tmp_path / "human.csv"
+    table.write_text("step,human\n1,1\n2,3\n4,2\n", encoding="utf-8")
+    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix", "one", "two", "--relevance_scaling=false",
+             "--reward_branching=false", f"--gold_model={tiny_gold}", f"--gold_scores={table}", "--gold_batch_tokens=64"]  # fmt: skip
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    assert "gold human: mean SpearmanR 0.500 over 2 runs, standard error 0.000" in done.stdout
+    assert "the golds among themselves: SpearmanR" in done.stdout
+    alone = read_json(tmp_path / "one_monotonicity" / "monotonicity.json")
+    assert alone["spearman"]["human"]["spearman"] == pytest.approx(0.5)
+    assert alone["per_row"]["proxy"]["4"][1] == pytest.approx((1 + len(ROWS[1]["input"].split()) + 4) / 100)  # the words, the full stop
+    both = read_json(tmp_path / "one+two_monotonicity" / "monotonicity.json")["together"]
+    assert both["human"]["runs"] == {"one": pytest.approx(0.5), "two": pytest.approx(0.5)}
+    assert both["human"]["pvalue"] == pytest.approx(4 / 9, abs=0.01)  # a run's correlation is 1, -1, or (four orders of six) +-0.5
+    for folder in ("one_monotonicity", "one+two_monotonicity"):
+        assert (tmp_path / folder / "report.html").is_file()
+
+    from gold_models import load_gold_reward_model
+
+    rows = read_rows_of(tmp_path / "two_step_2" / "alpaca-eval-two_step_2.json")
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu")
+    expected = gold.get_reward({"query": [row["instruction"] for row in rows], "response": [row["output"] for row in rows]})
+    found = read_json(tmp_path / "two_monotonicity" / "monotonicity.json")["per_row"]["gold"]
+    assert found == {"gold": {"1": [pytest.approx(value, rel=1e-4, abs=1e-5) for value in found["gold"]["1"]], **{
+        "2": [pytest.approx(value, rel=1e-4, abs=1e-5) for value in expected]}, "4": found["gold"]["4"]}}  # fmt: skip
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*_step_*/*.scores.jsonl")}
+    assert len(kept) == 6
+    done = run_script(*words)
+    assert done.returncode == 0 and {path: path.read_bytes() for path in kept} == kept
+
+
+def read_rows_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_designs_on_outputs_of_systems(tmp_path):
+    """Longer systems win on this board, and the longest repeats itself."""
+    texts = {"short": "one two", "middle": "one two three four five", "long": "a b c a b c a b c a b c a b c a b c"}
+    for name, text in texts.items():
+        rows = [{"instruction": row["input"], "output": text, "generator": name} for row in ROWS]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    board = tmp_path / "board.csv"
+    board.write_text("generator,longest,plain,mode\nshort,1,2,x\nmiddle,2,3,x\nlong,3,1,x\n", encoding="utf-8")
+    words = ["eval_monotonicity.py", "--rollouts", *(tmp_path / f"{name}.json" for name in texts), f"--gold_scores={board}",
+             f"--output_dir={tmp_path}"]  # fmt: skip
+    done = run_script(*words, "--relevance_scaling=false", "--reward_branching=false", "--repetition_penalty=false")
+    assert done.returncode == 0, done.stderr
+    assert "longest: SpearmanR 1.000 for as set, n = 3 systems, permutation p 0.3333" in done.stdout
+    content = read_json(tmp_path / "designs" / "designs.json")
+    assert content["means"]["long"]["as set"] == pytest.approx(0.18)
+    assert content["designs"]["as set"]["plain"]["spearman"] == pytest.approx(-0.5)
+    done = run_script(*words[:4], f"--gold_scores={board}", "--relevance_scaling=false", "--reward_branching=false")
+    assert done.returncode == 2 and "fewer than 3 of the systems in every column" in done.stderr
+    done = run_script(*words, "--all_designs=true")
+    assert done.returncode == 2 and "--data_path is missing" in done.stderr

@@ -48,6 +48,7 @@ def scored_run(name: str = "tiny", golds: tuple[str, ...] = ("owner/gold",), mea
         qtypes=["CONSTRAINED" if own else "OPENENDED" for own in constrained],
         references=[None if number == 0 else f"reference {number}" for number in row],
         responses=[[HOSTILE if number == 3 else f"answer {number} of step {step}" for number in row] for step in STEPS],
+        tokens=np.array([[4 if number == 3 else 5 for number in row] for _ in STEPS]),
         components={"length": proxy + 1, "reference_relevance": np.where(constrained, proxy, np.nan), "bleu": np.full((4, ROWS), np.nan)},
         proxy=proxy,
         gold={own: gold.mean(axis=1, keepdims=True) if means_only else gold - number for number, own in enumerate(golds)},
@@ -96,7 +97,7 @@ def blocks(path: Path) -> list[dict]:
 
 
 def test_what_the_page_embeds(tmp_path):
-    path = write(tmp_path, scored_run(), together={"mean": np.float64(0.25), "spread": float("nan"), "interval": (0.0, 0.5)})
+    path = write(tmp_path, scored_run(), together={"owner/gold": {"runs": {"run": 0.25}, "mean": np.float64(0.25), "pvalue": None}})
     summary, rollouts = blocks(path)
     (run,) = summary["runs"]
     assert run["steps"] == STEPS and run["rows"] == ROWS and run["kl"] == [0, 1.5, 1.25, 4] and run["exact"] is True
@@ -108,8 +109,8 @@ def test_what_the_page_embeds(tmp_path):
     }  # fmt: skip
     np.testing.assert_allclose(run["components"]["reference_relevance"]["mean"], [0, 2.1, 4.2, 6.3])  # of the rows that have one
     assert run["components"]["bleu"] == {"mean": [None] * 4}
-    assert run["length"]["mean"][0] == pytest.approx((21 * 5 + rollouts["length"][0][3]) / ROWS)
-    assert summary["together"] == {"": {"mean": 0.25, "spread": None, "interval": [0, 0.5]}}
+    assert run["length"]["mean"][0] == pytest.approx(5 - 1 / ROWS, rel=1e-5) and rollouts["length"][0][2:5] == [5, 4, 5]
+    assert summary["together"] == {"owner/gold": {"mean": 0.25, "pvalue": None}}
     assert rollouts["responses"][2][3] == HOSTILE and rollouts["responses"][2][4] == "answer 4 of step 10"
     assert rollouts["components"]["reference_relevance"][1][:3] == [None, 1.1, None]
     assert rollouts["references"][:2] == [None, "reference 1"]
@@ -244,7 +245,7 @@ def test_light_and_dark(tmp_path):
 @needs_chromium
 def test_several_runs_and_two_golds(tmp_path):
     runs = [scored_run("first", ("owner/one", "owner/two")), scored_run("second <i>seed", ("owner/one", "owner/two"))]
-    together = {"owner/one": {"runs": 2, "mean_spearman": -0.5, "range": (-1, 0.25)}, "owner/two": {"runs": 2}}
+    together = {"owner/one": {"mean": -0.5, "pvalue": 0.25}, "owner/two": {"mean": None, "pvalue": None}}
     page = look(write(tmp_path, *runs, together=together), "run=second+%3Ci%3Eseed&sort=gold2&order=asc")
     assert "Run second <i>seed" in texts(page, "//#answer-note")[0] and texts(page, "//.rho") == ["−1.00", "0.00"]
     tables = [[texts(row, "/*") for row in find(table, "//tr")] for table in find(page, "//#several//table")]
@@ -252,9 +253,8 @@ def test_several_runs_and_two_golds(tmp_path):
     assert [row[:2] for row in tables[0][1:]] == [["first", "one"], ["first", "two"], ["second <i>seed", "one"], ["second <i>seed", "two"]]
     assert tables[1] == [
         ["all runs", "owner/one", "owner/two"],
-        ["runs", "2", "2"],
-        ["mean spearman", "−0.500", "–"],
-        ["range", "−1.000 to 0.250", "–"],
+        ["mean", "−0.500", "–"],
+        ["pvalue", "0.250", "–"],
     ]  # fmt: skip
     assert texts(page, "//#sort/option") == [
         "order in the file", "proxy", "gold one", "disagreement with one", "gold two", "disagreement with two",
