@@ -44,3 +44,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_linear.py
 	$(BIN)/python benchmarks/bench_ppo.py
 	$(BIN)/python benchmarks/bench_generation.py
+	$(BIN)/python benchmarks/bench_monotonicity.py

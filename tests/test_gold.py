@@ -9,9 +9,29 @@ import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
 
-from gold_models import SequenceClassificationRMForInference, StarlingRMForInference, encode_conversation, load_gold_reward_model
+from gold_models import (
+    GoldSettings,
+    SequenceClassificationRMForInference,
+    StarlingRMForInference,
+    batches_by_length,
+    encode_conversation,
+    load_gold_reward_model,
+    weights_digest,
+)
 from records import InputError, read_json
-from train_gold_rm import DAMAGES, Pair, accuracies, bradley_terry_loss, damaged_pairs, is_heldout, select_pairs
+from train_gold_rm import (
+    CUT,
+    DAMAGES,
+    FOREIGN,
+    Pair,
+    accuracies,
+    bradley_terry_loss,
+    damaged_pairs,
+    encode_rankings,
+    heldout_sample,
+    is_heldout,
+    select_pairs,
+)
 
 BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}
 
@@ -68,7 +88,8 @@ def test_starling_truncates_on_the_left_and_can_wrap_as_published(starling):
     text = f"<|im_start|>user\n{ROWS[0]['input']}<|im_end|>\n<|im_start|>assistant\n{ROWS[0]['output']}<|im_end|>\n"
     one = {name: values[:1] for name, values in BATCH.items()}
     assert short.get_reward(one) == pytest.approx([hand_score(starling, text, limit=10)], rel=1e-4)
-    wrapped = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu", human_assistant_prefix=True)
+    wrapped = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu",
+                                     settings=GoldSettings(human_assistant_prefix=True))  # fmt: skip
     text = text.replace(ROWS[0]["input"], f"\n\nHuman: {ROWS[0]['input']}\n\nAssistant: ")
     assert wrapped.get_reward(one) == pytest.approx([hand_score(starling, text)], rel=1e-4)
 
@@ -86,6 +107,43 @@ def test_sequence_classification_alone_and_in_batches(tiny_gold):
         with torch.no_grad():
             expected.append(model(**ids).logits[0, 0].item())
     assert gold.get_reward(BATCH) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_batches_by_length():
+    # sorted: 10, 10, 20, 30, 90; two rows of 30 would hold 60 tokens, and the row of 90 is over the budget by itself
+    assert batches_by_length([30, 10, 90, 20, 10], 8, 59) == [[1, 4], [3], [0], [2]]
+    assert batches_by_length([30, 10, 90, 20, 10], 8, 60) == [[1, 4, 3], [0], [2]]
+    assert batches_by_length([30, 10, 90, 20, 10], 2, 1000) == [[1, 4], [3, 0], [2]]
+
+
+def test_rewards_batch_by_batch(tiny_gold):
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu", settings=GoldSettings(gold_batch_tokens=60))
+    found = dict(pair for rows, scores in gold.iter_rewards(BATCH) for pair in zip(rows, scores))
+    assert [found[row] for row in range(len(ROWS))] == gold.get_reward(BATCH)
+    assert len(list(gold.iter_rewards(BATCH))) > 1
+
+
+def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
+    import shutil
+
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu")
+    assert gold.facts == {"gold": str(tiny_gold), "weights": gold.facts["weights"], "dtype": "float32", "max_length": 2048,
+                          "load_in_8bit": False, "load_in_4bit": False, "human_assistant_prefix": False}  # fmt: skip
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_gold, copy)
+    assert weights_digest(str(copy), gold.model) == gold.facts["weights"]
+    (copy / "config.json").write_text((copy / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert weights_digest(str(copy), gold.model) != gold.facts["weights"]
+
+
+def test_unusable_gold_settings(monkeypatch):
+    with pytest.raises(InputError, match="--load_in_8bit and --load_in_4bit are both set"):
+        GoldSettings(load_in_8bit=True, load_in_4bit=True).check_gold([])
+    with pytest.raises(InputError, match="--gold_batch_tokens is 0, expected at least 1"):
+        GoldSettings(gold_batch_tokens=0).check_gold([])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="need bitsandbytes, which is not installed"):
+        GoldSettings(load_in_4bit=True).check_gold([])
 
 
 def test_pairs_of_texts_without_a_chat_template(tiny_gold):
@@ -121,33 +179,56 @@ def test_bradley_terry_loss():
     )
 
 
-def test_training_pairs_are_balanced_and_damaged():
+def test_training_pairs_are_balanced():
     import random
 
-    pairs = [Pair(f"q{n}", "long answer, longer than the other one", "short", "preference") for n in range(90)]
+    pairs = [Pair(f"q{n}", "long answer, longer than the other one", "short") for n in range(90)]
     pairs += [Pair(f"r{n}", "brief and good", "long answer that was not preferred") for n in range(30)]
-    selected = select_pairs(pairs, 40, 0.25, random.Random(0))
-    preferences = [pair for pair in selected if pair.kind == "preference"]
-    assert len(preferences) == 30
-    assert sum(pair.longer_wins for pair in preferences) == 15
-    assert {pair.kind for pair in selected} == {"preference", *DAMAGES}
+    pairs += [Pair("s", "just as long", "equally long"), Pair("t", "a little longer", "just as long")]
+    selected = select_pairs(pairs, 40, lambda pair: pair.instruction != "q0", random.Random(0))
+    assert len(selected) == 40 and sum(pair.longer_wins for pair in selected) == 20
+    assert {"s", "t"} <= {pair.instruction for pair in selected} and "q0" not in {pair.instruction for pair in selected}
+    assert len(select_pairs(pairs, 200, lambda pair: True, random.Random(0))) == 62  # the shorter wins 31 of them
 
 
 def test_damages():
     import random
 
     pairs = [Pair(f"q{n}", f"answer number {n} has quite a few words in it so that it can be cut", "worse") for n in range(3)]
-    foreign, repeated, cut = damaged_pairs(pairs, random.Random(0))
+    foreign, repeated, cut = damaged_pairs(pairs, DAMAGES, random.Random(0))
     assert foreign.rejected == pairs[1].chosen
     assert repeated.kind == "repetition" and len(repeated.rejected) >= len(pairs[1].chosen)
     assert pairs[2].chosen.startswith(cut.rejected) and len(cut.rejected) < len(pairs[2].chosen)
+    assert [pair.kind for pair in damaged_pairs(pairs[:1], (FOREIGN,), random.Random(0))] == [CUT]  # there is no other prompt
+
+
+def test_rankings():
+    import random
+
+    pairs = [Pair(f"q{n}", f"answer number {n} has quite a few words in it so that it can be cut", "worse") for n in range(6)]
+    rankings = encode_rankings(pairs, lambda instruction, text: [len(text)], random.Random(0))
+    assert [len(row["sequences"]) for row in rankings] == [2, 3, 2, 3, 2, 3]
+    assert [row["comparisons"] for row in rankings[:4]] == [[(0, 1)], [(0, 1), (0, 2), (1, 2)], [(0, 1)], [(0, 1), (0, 2), (1, 2)]]
+    assert rankings[5]["comparisons"] == [(0, 1), (0, 2)]  # a repetition: it need not be worse than the rejected answer
+
+
+def test_what_is_measured_on():
+    pairs = [Pair(f"q{n}", f"{n:02} one two three four", "five" * (1 + 4 * (n % 2))) for n in range(20)]
+    sample = heldout_sample(pairs, 8)
+    assert [pair.kind for pair in sample[:8]] == ["preference"] * 8
+    similar = [pair for pair in sample if pair.kind == "similar length"]
+    assert 0 < len(similar) <= 4 and all(pair.similar_length for pair in similar)
+    assert len({pair.instruction for pair in sample[:8] + similar}) == 8 + len(similar)
+    assert [pair.kind for pair in sample[8 + len(similar) :]] == [*DAMAGES, DAMAGES[0]]
 
 
 def test_accuracies_and_heldout_prompts():
-    pairs = [Pair("a", "xxxx", "x"), Pair("a", "x", "xxxx"), Pair("a", "xxxx", "xxxy"), Pair("a", "x", "y", "cut")]
-    measured = accuracies(pairs, [1.0, -1.0, 0.5, 2.0])
+    pairs = [Pair("a", "xxxx", "x", systems=("s", "t")), Pair("a", "x", "xxxx"), Pair("a", "xxxx", "xxxy"), Pair("a", "x", "y", "cut"),
+             Pair("a", "xxxx", "xxxy", "similar length")]  # fmt: skip
+    measured = accuracies(pairs, [1.0, -1.0, 0.5, 2.0, -1.0], ["t"])
     assert measured["all preferences"] == {"accuracy": 2 / 3, "n": 3}
-    assert measured["lengths within 25%"] == {"accuracy": 1.0, "n": 1}
+    assert measured["of systems never trained on"] == {"accuracy": 1.0, "n": 1}
+    assert measured["lengths within 25%"] == {"accuracy": 0.5, "n": 2}
     assert measured["shorter answer preferred"]["n"] == 2
     assert measured["against cut"] == {"accuracy": 1.0, "n": 1}
     assert sum(is_heldout(f"prompt {n}", 0.15) for n in range(2000)) == pytest.approx(300, abs=60)
@@ -155,14 +236,21 @@ def test_accuracies_and_heldout_prompts():
 
 def test_training_from_the_command_line(tiny_model, tmp_path):
     rows = [
-        {"instruction": f"Say {n}.", "output_1": f"{n} it is, gladly.", "output_2": f"no {'no ' * (n % 7)}", "preference": 1 + n % 2}
+        {
+            "instruction": f"Say {n}.",
+            "output_1": f"{n} it is, gladly.",
+            "output_2": f"no {'no ' * (n % 7)}",
+            "preference": 1 + n % 2,
+            "generator_1": "one",
+            "generator_2": f"system {n % 5}",
+        }
         for n in range(60)
     ]
     preferences = tmp_path / "pairs.jsonl"
     preferences.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     output = tmp_path / "gold"
     done = run_script("train_gold_rm.py", "--preferences", preferences, "--model_name", tiny_model, "--output_dir", output, "--pairs", 16,
-                      "--batch_size", 4, "--lora_layers", 1, "--bf16", "false")  # fmt: skip
+                      "--batch_size", 4, "--lora_layers", 1, "--bf16", "false", "--heldout_systems", "system 4")  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = read_json(output / "training_record.json")
     assert record["heldout"]["all preferences"]["n"] > 0

@@ -1,0 +1,113 @@
+"""Scoring ten checkpoints with MiniLM and the demo's gold, against the same models one row at a time; then one checkpoint more.
+
+    python benchmarks/bench_monotonicity.py                                          # our evaluation rows, answered by our references
+    RER_REAL_DATA=/path/to/data python benchmarks/bench_monotonicity.py --rows 805   # real systems' outputs as the checkpoints
+
+Both sides load their models and score the same texts in turn in this process. One row at a time is plain transformers, peft and
+sentence-transformers: fp32, the adapter merged, nothing kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cpu_linear import OneDNNLinear
+from eval_monotonicity import MonotonicitySettings, find_checkpoints, read_run, score_gold, score_proxies
+from gold_models import encode_conversation
+from records import REPOSITORY, adapter_base, read_rows, rollouts_path
+from reward_model import FULL_DESIGN, RewardSettings, reward_batch
+
+GOLD = str(REPOSITORY / "assets" / "demo_gold_rm")
+ENCODER = str(REPOSITORY / "models" / "all-MiniLM-L6-v2")
+
+
+def write_checkpoints(folder: Path, rows: int) -> Path:
+    """Rollouts of eleven checkpoints, `rows` rows each, in `folder`; the file that their references are in."""
+    real = os.environ.get("RER_REAL_DATA")
+    if real:
+        data = Path(real) / "data" / "alpaca_eval.json"
+        files = sorted((Path(real) / "data" / "alpaca_eval_outputs").glob("*.json"))
+        systems = [{row["instruction"]: row["output"] for row in read_rows(file, {"instruction": None, "output": None})} for file in files]
+        instructions = [row["instruction"] for row in read_rows(data, {"instruction": None})]
+        instructions = [text for text in instructions if all(text in system for system in systems)][:rows]
+        answers = [[system[text] for text in instructions] for system in systems]
+    else:
+        data = REPOSITORY / "data" / "eval.json"
+        instructions = [row["instruction"] for row in read_rows(data, {"instruction": None})][:rows]
+        texts = [row["output"] for row in read_rows(REPOSITORY / "data" / "train.json", {"output": None})]
+        answers = [[texts[(53 * step + place) % len(texts)] for place in range(len(instructions))] for step in range(11)]
+    for step, outputs in enumerate(answers[:11], start=1):
+        checkpoint = folder / f"run_step_{step}"
+        checkpoint.mkdir()
+        content = [{"instruction": query, "output": output} for query, output in zip(instructions, outputs)]
+        rollouts_path(checkpoint).write_text(json.dumps(content), encoding="utf-8")
+    return data
+
+
+def one_row_at_a_time(run) -> None:
+    """What a plain script does: each row through the encoder and the gold model by itself."""
+    reward = RewardSettings(**FULL_DESIGN, relevance_model_name=ENCODER).load_reward(run.template, 512, "cpu")
+    for module in reward.relevance_model.encoder.modules():
+        if type(module) is OneDNNLinear:
+            module.__class__ = torch.nn.Linear
+    reward.relevance_model.embed_once = reward.relevance_model.embed  # nothing is kept
+    base = adapter_base(GOLD)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    gold = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    gold = PeftModel.from_pretrained(gold, GOLD).merge_and_unload().eval()
+    for point in run.checkpoints:
+        for row, reference in zip(point.rows, run.references):
+            reward.get_reward(reward_batch([row["instruction"]], [row["output"]], [reference]))
+            ids = torch.tensor([encode_conversation(tokenizer, row["instruction"], row["output"], 2048)])
+            with torch.inference_mode():
+                gold(input_ids=ids)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64, help="rows of each checkpoint")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_checkpoints(Path(folder), words.rows)
+        settings = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
+                                        relevance_model_name=ENCODER, steps=list(range(1, 11)))  # fmt: skip
+
+        def ours() -> None:
+            runs = [read_run(settings, "run")]
+            score_proxies(settings, runs)
+            score_gold(settings, GOLD, runs)
+
+        ours_cold = seconds(ours)
+        theirs_ten = seconds(lambda: one_row_at_a_time(read_run(settings, "run")))
+        settings.steps = list(range(1, 12))
+        ours_added = seconds(ours)
+        settings.steps = [9, 10, 11]
+        theirs_one = seconds(lambda: one_row_at_a_time(read_run(settings, "run"))) / 3
+        rows = len(find_checkpoints(settings, "run")[0].rows)
+    print(
+        f"ten checkpoints of {rows} rows: {theirs_ten / ours_cold:.2f} times as fast as row by row ({ours_cold:.1f} s against {theirs_ten:.1f} s)"
+    )
+    print(f"one checkpoint added: {(theirs_ten + theirs_one) / ours_added:.2f} times as fast as all eleven row by row "
+          f"({ours_added:.1f} s against {theirs_ten + theirs_one:.1f} s)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
