@@ -27,7 +27,10 @@ from safetensors import SafetensorError
 REPOSITORY = Path(__file__).resolve().parent
 LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 QTYPES = ("OPENENDED", "CONSTRAINED")
-_RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "nltk", "numpy", "scipy")
+_RECORDED_PACKAGES = (
+    "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "datasets", "huggingface_hub", "openai",
+    "scikit-learn", "nltk", "numpy", "scipy",
+)  # fmt: skip
 
 
 class InputError(ValueError):
