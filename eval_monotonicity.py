@@ -428,7 +428,7 @@ def write_run(run: ScoredRun, folder: Path, record: dict) -> None:
     write_json(folder / "monotonicity.json", content)
     draw(folder / "monotonicity.png", run, record)
     write_report(folder / "report.html", [run], None, record)
-    print(folder)
+    print(folder / "report.html")
 
 
 def judge_runs(settings: MonotonicitySettings) -> None:
@@ -485,7 +485,7 @@ def judge_runs(settings: MonotonicitySettings) -> None:
         folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
         write_json(folder / "monotonicity.json", {"together": both, "provenance": record(runs[0])})
         write_report(folder / "report.html", scored, both, record(runs[0]))
-        print(folder)
+        print(folder / "report.html")
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -135,8 +135,9 @@ def test_rollouts_and_monotonicity(trained, tiny_model, tiny_gold, eval_file):
     expected = spearmanr([point["proxy"] for point in content["curve"]], [point["gold"] for point in content["curve"]])
     assert f"SignificanceResult(statistic={float(expected.statistic)}, pvalue={float(expected.pvalue)})" in done.stdout
     for point in content["curve"]:
-        for name in ("proxy", "gold"):
-            assert point[name] == pytest.approx(sum(content["per_row"][name][str(point["step"])]) / 6)
+        for name, by_row in (("proxy", content["per_row"]["proxy"]), ("gold", content["per_row"]["gold"]["gold"])):
+            assert point[name] == pytest.approx(sum(by_row[str(point["step"])]) / 6)
+    assert "SpearmanR" in (folder / "report.html").read_text(encoding="utf-8") and str(folder / "report.html") in done.stdout
 
     table = trained / "gold.csv"
     table.write_text("step,gold\n0,1.5\n2,0.5\n3,0.25\n", encoding="utf-8")
