@@ -48,6 +48,7 @@ from records import (
     write_json,
 )
 from settings import parse_settings, setting
+from validation import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +123,18 @@ def find_adapters(patterns: Sequence[str]) -> list[Path]:
                 raise InputError(f"{path}: no adapter_config.json, expected a checkpoint folder")
             if path not in found:
                 found.append(path)
+    return found
+
+
+def training_files(adapters: Sequence[Path]) -> list[str]:
+    """The files that the checkpoints were trained on, each once, as far as they are here and still what they were."""
+    found: list[str] = []
+    for adapter in adapters:
+        path = adapter / "training_record.json"
+        record = read_json(path) if path.is_file() else {}
+        file = record.get("settings", {}).get("dataset_path", "")
+        if file not in found and Path(file).is_file() and file_digest(file) == record.get("data", {}).get("dataset_path"):
+            found.append(file)
     return found
 
 
@@ -344,7 +357,7 @@ def main() -> None:
             raise InputError(
                 f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
             )
-        data = read_rows(settings.data_path, {"instruction": None})
+        data = check_rows(settings.data_path, {"instruction": None}, against=training_files(adapters))
     if settings.baseline_model_file and "alpaca" in settings.evaluations:
         baseline = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
         from reward_model import proxy_of_run

@@ -17,12 +17,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from rows import Problem, iterate_rows, row_problems
 
 REPOSITORY = Path(__file__).resolve().parent
 LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
@@ -68,21 +71,28 @@ def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> l
 
     Args:
         path: the file.
-        fields: the fields every row must carry as text; a sequence of strings as value lists what is allowed.
+        fields: the fields every row must carry as text; a sequence of strings as value lists what is allowed. A prompt is never empty.
 
     Returns:
         The rows, in file order, with all their fields.
 
     Raises:
-        InputError: no such file, not UTF-8, broken JSON, no rows, or a row whose field is missing or wrong (rows count from 1).
+        InputError: no such file, not UTF-8, broken JSON, no rows, or a row whose field is missing or wrong (rows count from 1). The
+            message is the first problem and the number of the others.
     """
-    path = Path(path)
-    rows = _parse(path, read_text(path))
-    if not rows:
-        raise InputError(f"{path}: no rows, expected at least one")
-    for number, row in enumerate(rows, start=1):
-        _check_row(row, fields, f"{path}: row {number}")
-    return rows
+    rows, problems = [], []
+    for number, row in iterate_rows(path):
+        if isinstance(row, Problem):
+            problems += [] if row.is_warning else [row]
+        else:
+            problems += row_problems(row, fields, number)
+            rows.append(row)
+    if not problems:
+        return rows
+    required = [name for name in fields if name not in ("input", "instruction")]
+    command = " ".join(["python data/validate.py", str(path), *(["--require", *required] if required else [])])
+    others = f"; {len(problems) - 1} more problem{'s' * (len(problems) > 2)}: `{command}` lists all" if len(problems) > 1 else ""
+    raise InputError(f"{path}: {problems[0]}{others}")
 
 
 def read_text(path: str | Path) -> str:
@@ -95,54 +105,19 @@ def read_text(path: str | Path) -> str:
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def read_json(path: str | Path) -> dict:
     """An object from a JSON file. Raises InputError where the file is missing, broken, or holds something else."""
-    content = _loads(path, read_text(path))
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _loads(path: str | Path, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
-
-
-def _parse(path: Path, text: str) -> list:
-    if ".jsonl" in path.suffixes:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: line {number}: broken JSON ({error.msg} at column {error.colno})") from None
-        return rows
-    if not text.strip():
-        raise InputError(f"{path}: empty file, expected a JSON list of rows")
-    rows = _loads(path, text)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
-    return rows
-
-
-def _check_row(row: object, fields: Mapping[str, Sequence[str] | None], where: str) -> None:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-    for field, allowed in fields.items():
-        if field not in row:
-            raise InputError(f"{where}: field '{field}' is missing, expected text")
-        value = row[field]
-        if not isinstance(value, str):
-            raise InputError(f"{where}: field '{field}' is {type(value).__name__}, expected text")
-        if allowed is not None and value not in allowed:
-            raise InputError(f"{where}: field '{field}' is {value!r}, expected {' or '.join(allowed)}")
 
 
 def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:

@@ -26,7 +26,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +40,12 @@ from records import (
     loading,
     provenance,
     read_json,
-    read_rows,
     run_main,
     write_json,
 )
 from reward_model import RewardSettings, reward_batch
 from settings import parse_settings, setting
+from validation import check_rows, too_long
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,21 +161,25 @@ class Prompt:
         return self.row.get("qtype")
 
 
-def read_prompts(path: str, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[Prompt]:
-    """Read rows, render and tokenize their prompts. Raises InputError for an unusable row or a prompt that is too long."""
+def read_prompts(
+    path: str, settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, against: Sequence[str] = ()
+) -> list[Prompt]:
+    """Read rows, render and tokenize their prompts. A line warns of repeated prompts and of those that are also in a file of `against`.
+
+    Raises:
+        InputError: an unusable row, or a prompt that is too long.
+    """
     from chat_templates import encode_prompts
 
-    rows = read_rows(path, {"input": None, **settings.dataset_fields})
+    rows = check_rows(path, {"input": None, **settings.dataset_fields}, against)
     prompts = []
     encoded = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
     for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):
-        if len(tokens) < settings.max_prompt_length:
+        problem = too_long(len(tokens), settings.max_prompt_length)
+        if problem is None:
             prompts.append(Prompt(row["input"], tokens, row))
         elif settings.long_prompts == "error":
-            raise InputError(
-                f"{path}: row {number}: field 'input' makes a prompt of {len(tokens)} tokens, expected fewer than "
-                f"{settings.max_prompt_length} (--long_prompts=drop leaves such rows out)"
-            )
+            raise InputError(f"{path}: row {number}: {problem} (--long_prompts=drop leaves such rows out)")
     if not prompts:
         raise InputError(f"{path}: every prompt has {settings.max_prompt_length} tokens or more, expected shorter ones")
     if len(prompts) < len(rows):
@@ -501,7 +505,7 @@ def main() -> None:
     settings.check_reward()
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
-    prompts = read_prompts(settings.dataset_path, settings, tokenizer, template)
+    prompts = read_prompts(settings.dataset_path, settings, tokenizer, template, against=[settings.dev_prompt_path])
     dev_prompts = read_prompts(settings.dev_prompt_path, settings, tokenizer, template)
 
     # 2. Policy, reference (the policy with its adapter disabled), value head, optimiser: TRL's trainer.

@@ -34,6 +34,7 @@ def test_reading(tmp_path, name):
         ("rows.json", b'[{"input": "a", "qtype": "OPENENDED"}, {"qtype": "OPENENDED"}]', "row 2: field 'input' is missing, expected text"),
         ("rows.json", b'[{"input": 3, "qtype": "OPENENDED"}]', "row 1: field 'input' is int, expected text"),
         ("rows.json", b'[{"input": "a", "qtype": "OPEN"}]', "row 1: field 'qtype' is 'OPEN', expected OPENENDED or CONSTRAINED"),
+        ("rows.json", b'[{"input": " ", "qtype": "OPENENDED"}]', "row 1: field 'input' is empty, expected a prompt"),
         ("rows.json", b'["a"]', "row 1: expected an object, found str"),
         ("rows.json", b'["\xff"]', "byte 2 is not UTF-8 text"),
         ("rows.json.gz", b"no gzip", "not a whole gzip file"),
@@ -45,6 +46,26 @@ def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as error:
         read_rows(path, FIELDS)
     assert "\n" not in str(error.value)
+
+
+def test_the_first_problem_and_the_number_of_the_others(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a", "qtype": "X"}\n{oops}\n{"input": " "}\n{"input": "b", "qtype": "OPENENDED"}\n', encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        read_rows(path, FIELDS)
+    assert str(error.value) == (
+        f"{path}: row 1: field 'qtype' is 'X', expected OPENENDED or CONSTRAINED; 3 more problems: "
+        f"`python data/validate.py {path} --require qtype` lists all"
+    )
+    with pytest.raises(InputError) as error:
+        read_rows(path, {"input": None})
+    assert str(error.value).endswith(f"; 1 more problem: `python data/validate.py {path}` lists all")
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    for name, text in (("rows.json", json.dumps(GOOD)), ("rows.jsonl", "\r\n".join(map(json.dumps, GOOD)))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert read_rows(tmp_path / name, FIELDS) == GOOD
 
 
 def test_missing_files(tmp_path):
