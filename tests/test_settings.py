@@ -73,6 +73,12 @@ def test_every_declared_setting_is_read_and_explained(script, cls):
     read |= attributes_of(load, "self") if "load_reward" in read else set()
     if script == "run_ppo":  # which hands its settings on
         read |= attributes_of(ast.parse((REPOSITORY / "checkpoints.py").read_text(encoding="utf-8")), "settings")
+    if script == "eval_monotonicity":  # the proxy's are read by name (`overrides`), gold's by the models
+        from reward_model import ProxyOverrides
+
+        read |= {field.name for field in dataclasses.fields(ProxyOverrides)} if "overrides" in read else set()
+        gold = ast.walk(ast.parse((REPOSITORY / "gold_models.py").read_text(encoding="utf-8")))
+        read |= {node.attr for node in gold if isinstance(node, ast.Attribute)}
     unread = {field.name for field in fields} - read
     assert unread == set()
     assert all(field.metadata["help"] for field in fields)
