@@ -6,7 +6,7 @@
 Each row of the preferences: {"instruction", "output_1", "output_2", "preference": 1 or 2}, and "generator_1", "generator_2" where
 systems are held out. Prompts are held out whole, by a hash of their text. In most preference data the longer answer wins, and a
 model trained on it as it is learns little else: training pairs are therefore balanced so that the longer answer wins half of them,
-and every second one comes with a third, damaged text: another prompt's answer, or the preferred one repeating itself or cut short.
+and each comes with a third, damaged text: another prompt's answer, or the preferred one repeating itself or cut short.
 
 The result is a PEFT adapter folder that `gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
 the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ class GoldTrainingSettings:
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
-    pairs: int = setting(2000, "training pairs (one epoch), every second one with a damaged text")
+    pairs: int = setting(2000, "training pairs (one epoch), each with a damaged text")
     heldout_share: float = setting(0.15, "share of the prompts held out")
     heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
     heldout_pairs: int = setting(400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged")
@@ -122,29 +122,24 @@ def damaged_pairs(pairs: list[Pair], kinds: Sequence[str], rng: random.Random) -
 
 
 def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rng: random.Random) -> list[Pair]:
-    """`count` pairs that fit, the longer answer winning one half and the shorter the other, in random order.
-
-    Drawn at random, those of similar length first: there, length says least about what is better.
-    """
-    pairs = sorted(rng.sample(pairs, len(pairs)), key=lambda pair: not pair.similar_length)
+    """`count` pairs that fit, drawn at random, the longer answer winning one half and the shorter the other, in random order."""
+    pairs = rng.sample(pairs, len(pairs))
     halves = [list(islice((pair for pair in pairs if pair.longer_wins is longer and fits(pair)), count // 2)) for longer in (True, False)]
     each = min(map(len, halves))
     return rng.sample(halves[0][:each] + halves[1][:each], 2 * each)
 
 
 def encode_rankings(pairs: list[Pair], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
-    """Token ids [chosen, rejected] of each pair, of every second one [chosen, rejected, damaged], and the comparisons (better, worse).
+    """Each pair with a damaged text, as token ids [chosen, rejected, damaged] and the comparisons (better, worse) among them.
 
     Most damages are foreign answers, the hardest to tell; those are worse than the rejected answer too.
     """
-    kinds = (FOREIGN, FOREIGN, REPETITION, FOREIGN, FOREIGN, CUT)
     rankings = []
-    for number, (pair, damaged) in enumerate(zip(pairs, damaged_pairs(pairs, [kind for kind in kinds for _ in range(2)], rng))):
-        texts, comparisons = [pair.chosen, pair.rejected], [(0, 1)]
-        if number % 2 and damaged.rejected != pair.chosen:
-            texts.append(damaged.rejected)
+    for pair, damaged in zip(pairs, damaged_pairs(pairs, (FOREIGN, REPETITION, FOREIGN, CUT, FOREIGN), rng)):
+        sequences = [encode(pair.instruction, text) for text in (pair.chosen, pair.rejected, damaged.rejected)]
+        comparisons = [(0, 1)]
+        if damaged.rejected != pair.chosen:
             comparisons += [(0, 2), (1, 2)] if damaged.kind == FOREIGN else [(0, 2)]
-        sequences = [encode(pair.instruction, text) for text in texts]
         rankings.append({"sequences": sequences, "comparisons": comparisons, "length": max(map(len, sequences))})
     return rankings
 
@@ -242,7 +237,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         # A foreign answer may be longer than its pair: it loses its end.
         sequences = [sequence[: settings.max_length] for row in rows for sequence in row["sequences"]]
-        starts = accumulate((len(row["sequences"]) for row in rows), initial=0)
+        starts = range(0, len(sequences), 3)
         comparisons = [[start + place for place in pair] for start, row in zip(starts, rows) for pair in row["comparisons"]]
         longest = max(map(len, sequences))
         ids = torch.tensor([sequence + [pad] * (longest - len(sequence)) for sequence in sequences])
@@ -296,8 +291,8 @@ Settings, seed, commit and package versions: `training_record.json`.
 **Command.** `{command}`
 
 **Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens: one half with the longer answer
-preferred, the other with the shorter, pairs of similar length first. Every second one comes with a third text that must score lower: another
-prompt's answer (four in six), the preferred answer repeating itself, or cut short. Systems never trained on: {systems}.
+preferred, the other with the shorter. Each comes with a third text that must score lower: another prompt's answer (three in five), the
+preferred answer repeating itself, or cut short. Systems never trained on: {systems}.
 
 **Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher):
 

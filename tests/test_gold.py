@@ -184,11 +184,10 @@ def test_training_pairs_are_balanced():
 
     pairs = [Pair(f"q{n}", "long answer, longer than the other one", "short") for n in range(90)]
     pairs += [Pair(f"r{n}", "brief and good", "long answer that was not preferred") for n in range(30)]
-    pairs += [Pair("s", "just as long", "equally long"), Pair("t", "a little longer", "just as long")]
     selected = select_pairs(pairs, 40, lambda pair: pair.instruction != "q0", random.Random(0))
     assert len(selected) == 40 and sum(pair.longer_wins for pair in selected) == 20
-    assert {"s", "t"} <= {pair.instruction for pair in selected} and "q0" not in {pair.instruction for pair in selected}
-    assert len(select_pairs(pairs, 200, lambda pair: True, random.Random(0))) == 62  # the shorter wins 31 of them
+    assert "q0" not in {pair.instruction for pair in selected}
+    assert len(select_pairs(pairs, 200, lambda pair: True, random.Random(0))) == 60  # the shorter wins 30 of them
 
 
 def test_damages():
@@ -207,9 +206,9 @@ def test_rankings():
 
     pairs = [Pair(f"q{n}", f"answer number {n} has quite a few words in it so that it can be cut", "worse") for n in range(6)]
     rankings = encode_rankings(pairs, lambda instruction, text: [len(text)], random.Random(0))
-    assert [len(row["sequences"]) for row in rankings] == [2, 3, 2, 3, 2, 3]
-    assert [row["comparisons"] for row in rankings[:4]] == [[(0, 1)], [(0, 1), (0, 2), (1, 2)], [(0, 1)], [(0, 1), (0, 2), (1, 2)]]
-    assert rankings[5]["comparisons"] == [(0, 1), (0, 2)]  # a repetition: it need not be worse than the rejected answer
+    assert [len(row["sequences"]) for row in rankings] == [3] * 6
+    foreign, repetition = [(0, 1), (0, 2), (1, 2)], [(0, 1), (0, 2)]  # a repetition need not be worse than the rejected answer
+    assert [row["comparisons"] for row in rankings] == [foreign, repetition, foreign, repetition, foreign, foreign]
 
 
 def test_what_is_measured_on():
