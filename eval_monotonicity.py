@@ -566,7 +566,7 @@ def rank_designs(settings: MonotonicitySettings) -> None:
     for column, names in ranked.items():
         defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
         if defined:
-            best = max(defined, key=lambda design: defined[design]["spearman"])
+            best = min(defined, key=lambda design: (-defined[design]["spearman"], len(design)))  # of equals the simplest
             entry = defined[best]
             interval = "" if entry["interval"] is None else ", 95% interval over prompts {:.3f} to {:.3f}".format(*entry["interval"])
             print(f"{column}: SpearmanR {entry['spearman']:.3f} for {best}, n = {len(names)} systems, permutation p "
