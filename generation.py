@@ -23,6 +23,7 @@ from records import InputError, loading, read_json
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
 
+CPU_ROWS = 32  # prompts at a time: on a CPU a larger batch holds more padding and runs slower
 GROUPED = "grouped_sdpa"  # what `grouped_attention` is registered as
 
 
@@ -228,6 +229,7 @@ def generate_responses(
     Args:
         model: a causal LM in eval mode.
         prompts: token ids; sorted by length here, so that a batch holds little padding.
+        batch_size: most prompts at a time.
         seed: of the draws; the global random state is left as it was.
         description: of the progress bar; no bar without it.
         rows: the prompts' row numbers, where they are a part of some larger file; 0, 1, ... by default.
@@ -237,6 +239,8 @@ def generate_responses(
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
     """
     rows = list(range(len(prompts))) if rows is None else rows
+    if next(model.parameters()).device.type == "cpu":
+        batch_size = min(batch_size, CPU_ROWS)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     responses: list[list[int]] = [[] for _ in prompts]
     started, tokens = time.perf_counter(), 0
