@@ -1,7 +1,8 @@
 """Query types told by a model: by logistic regression that learned from labelled rows, or by a language model's likelihoods.
 
-The regression is on an instruction's words and on its embedding. The words are TF-IDF weights of one and two words of the instruction proper, without the material under `### Input:`; the embedding is
-the relevance model's, of the whole text, at unit length. Together they are worth more than either, and no better was found:
+The regression is on an instruction's words and on its embedding. The words are TF-IDF weights of one and two words of the instruction
+proper, without the material under `### Input:`; the embedding is the relevance model's, of the whole text, at unit length. Together
+they are worth more than either, and no better was found:
 other features (lengths, the answer, first words, characters), kernels, ensembles and treatments of label noise change less than the
 accuracy varies from one set of folds to the next.
 """

@@ -46,7 +46,7 @@ class ScoreStore:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             self.path.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole.split("\n")[:-1], start=1):
             try:
                 row = json.loads(line)
                 if row["scorer"] == self.scorer:
@@ -61,7 +61,7 @@ class ScoreStore:
         lines = [] if self.introduced else [{"scorer": self.scorer, "facts": self.facts, "provenance": provenance()}]
         lines += [{"scorer": self.scorer, "text": text, "row": row, "score": score} for row, text, score in rows]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         self.introduced = True
         self.found |= {text: score for _, text, score in rows}
 

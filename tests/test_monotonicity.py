@@ -195,6 +195,13 @@ def test_an_interruption_loses_one_batch(tmp_path):
         ScoreStore(path, {})
 
 
+def test_a_kept_text_may_hold_any_character(tmp_path):
+    texts = [{"t": "a"}]
+    for _ in range(2):
+        store = ScoreStore(tmp_path / "s", {})
+        assert score_rows(store, texts, lambda places: iter([(places, ["one\u2028two\x85\ud83d"])]), int) == ["one\u2028two\x85\ud83d"]
+
+
 def test_proxy_components_are_kept(tmp_path, monkeypatch):
     reward = ReversedEngineeredRewardForInference(load_template("alpaca"), repetition_penalty=True)
     batch = {"query": ["q", "q"], "response": ["one two three one two three one two three", "four"]}
