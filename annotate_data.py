@@ -20,7 +20,6 @@ got no answer, openai and local leave <output>.partial.jsonl, and the same comma
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -36,7 +35,19 @@ import numpy as np
 from tqdm import tqdm
 
 from qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
-from records import QTYPES, InputError, check_device, check_model_name, file_digest, loading, provenance, read_rows, run_main, write_json
+from records import (
+    QTYPES,
+    InputError,
+    check_device,
+    check_model_name,
+    digest,
+    file_digest,
+    loading,
+    provenance,
+    read_rows,
+    run_main,
+    write_json,
+)
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
@@ -162,7 +173,7 @@ class Question:
 
     @cached_property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps([self.field, self.request], sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+        return digest([self.field, self.request])
 
 
 def questions_of(prompts: Sequence[str], places: dict[str, list[int]], request: Callable[[str, str], dict]) -> list[Question]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from monotonicity import bootstrap_interval, kendall, permutation_pvalue, spearman
-from records import InputError, read_rows, read_text
+from records import InputError, read_rows
 from reward_model import ReversedEngineeredRewardForInference
 
 SWITCHES = {
@@ -21,44 +19,6 @@ SWITCHES = {
     "relevance": "relevance_scaling",
     "branching": "reward_branching",
 }
-
-
-def read_table(path: str) -> list[dict]:
-    """The rows of a CSV file, or of a JSON or JSONL list. Raises InputError where it cannot be read or has no rows."""
-    if not path.endswith(".csv"):
-        return read_rows(path, {})
-    rows = list(csv.DictReader(read_text(path).removeprefix("\ufeff").splitlines()))
-    if not rows:
-        raise InputError(f"{path}: no rows, expected a header and at least one")
-    return rows
-
-
-def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
-    """Gold scores of systems: {column: {system: score}}, from a table whose first column, or `generator`, names the system.
-
-    Columns with anything but numbers in them are left out; so are empty cells.
-
-    Raises:
-        InputError: no rows, a system twice, or no column of numbers.
-    """
-    rows = read_table(path)
-    key = "generator" if "generator" in rows[0] else next(iter(rows[0]))
-    names = [str(row.get(key)) for row in rows]
-    for number, name in enumerate(names, start=1):
-        if names.index(name) != number - 1:
-            raise InputError(f"{path}: row {number}: {key} {name!r} comes twice")
-    columns = {}
-    for column in rows[0]:
-        cells = {name: row.get(column) for name, row in zip(names, rows) if row.get(column) not in (None, "")}
-        try:
-            scores = {name: float(cell) for name, cell in cells.items()}
-        except (TypeError, ValueError):
-            continue
-        if column != key and scores and all(map(math.isfinite, scores.values())):
-            columns[column] = scores
-    if not columns:
-        raise InputError(f"{path}: no column of numbers, expected one with the systems' scores")
-    return columns
 
 
 def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:

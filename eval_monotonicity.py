@@ -26,28 +26,27 @@ import numpy as np
 from nltk.tokenize import wordpunct_tokenize
 
 from chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from designs import all_designs, design_totals, rank_correlation, read_leaderboard, read_systems, read_table
+from designs import all_designs, design_totals, rank_correlation, read_systems
 from gold_models import DEFAULT_GOLD, GoldSettings
-from monotonicity import ScoredRun, correlations, describe, paired_difference, shown, spearman, together
+from monotonicity import ScoredRun, correlations, curve, describe, gains, shown, spearman, table_text, together
 from records import (
     InputError,
     check_device,
+    digest,
     match_rows,
     provenance,
     read_json,
     read_rows,
     read_text,
-    require_finite,
     rollouts_path,
     run_main,
     write_json,
 )
 from report import draw, write_report
 from reward_model import FULL_DESIGN, ProxyOverrides, RewardSettings, proxy_of_run, reward_batch
-from scores import ScoreStore, digest, score_rows, scores_path
+from scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows, scores_path
 from settings import parse_settings, setting
 
-ROWS_PER_SAVE = 128  # rows of the proxy's that an interruption can lose
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
@@ -210,40 +209,6 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
     return [{"qtype": row.get("qtype")} for row in rows]
 
 
-def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Mean gold scores by column and step, from a CSV or JSON table; a column that is not all numbers is no gold.
-
-    Raises:
-        InputError: no column of numbers besides `step`, a missing or repeated step, or a value that is not finite.
-    """
-    rows = read_table(path)
-    golds = [name for name in rows[0] if name and name != "step" and _number(rows[0][name]) is not None]
-    if not golds:
-        raise InputError(f"{path}: row 1: no column of numbers besides 'step', expected one for each gold")
-    scores: dict[int, dict[str, float]] = {}
-    for number, row in enumerate(rows, start=1):
-        for field in ("step", *golds):
-            if _number(row.get(field)) is None:
-                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number")
-        step = _number(row["step"])
-        if not step.is_integer():
-            raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
-        if int(step) in scores:
-            raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
-        scores[int(step)] = {gold: _number(row[gold]) for gold in golds}
-    for step in steps:
-        if step not in scores:
-            raise InputError(f"{path}: no row for step {step}")
-    return {gold: dict(zip(steps, require_finite([scores[step][gold] for step in steps], f"{path}, {gold}"))) for gold in golds}
-
-
-def _number(cell: object) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return None
-
-
 def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
 
@@ -263,26 +228,6 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
 
 
 # --------------------------------------------------------------------------------------------------------------- scoring
-
-
-def proxy_columns(reward, store: ScoreStore, batch: dict[str, list], progress, **options: bool) -> dict[str, list]:
-    """A reward's components of every row, "total" among them, those of the store read and the others made and kept."""
-    texts = [dict(zip(batch, row)) for row in zip(*batch.values())]
-
-    def score(places: list[int]) -> Iterator[tuple[list[int], list]]:
-        for start in range(0, len(places), ROWS_PER_SAVE):
-            some = places[start : start + ROWS_PER_SAVE]
-            table = reward.score({name: [column[place] for place in some] for name, column in batch.items()}, **options)
-            yield some, [dict(zip(table, row)) for row in zip(*table.values())]
-
-    rows = score_rows(store, texts, score, progress)
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def proxy_facts(proxy: RewardSettings, template: ChatTemplate, output_max_length: int) -> dict:
-    """All that a proxy's score depends on besides the row, for the store."""
-    settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
-    return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}
 
 
 def rollout_batch(checkpoint: Checkpoint, references: Sequence[Mapping]) -> dict[str, list]:
@@ -366,43 +311,11 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
 # --------------------------------------------------------------------------------------------------------------- telling
 
 
-def curve(run: ScoredRun) -> list[dict]:
-    """One row a checkpoint: step, proxy, each gold, the mean of each component over the rows that have it, KL where known, rows."""
-    rows = []
-    for place, step in enumerate(run.steps):
-        row = {"step": step, "proxy": float(run.proxy[place].mean())}
-        row |= {name: float(scores[place].mean()) for name, scores in run.gold.items()}
-        row |= {name: float(np.nanmean(scores[place])) for name, scores in run.components.items() if not np.isnan(scores[place]).all()}
-        row["tokens"] = float(run.tokens[place].mean())
-        if None not in run.kl:
-            row["kl"] = run.kl[place]
-        rows.append({**row, "rows": run.proxy.shape[1]})
-    return rows
-
-
-def print_table(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> None:
-    """Rows of numbers and names, aligned; the columns of `whole` without decimals."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(name: str, value: object) -> str:
-        if value is None:
-            return "-"
-        return str(value) if isinstance(value, str) or name in whole else f"{value:.4f}"
-
-    cells = [[cell(name, row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(row[place]) for row in cells)) for place, name in enumerate(names)]
-    left = [isinstance(rows[0].get(name), str) for name in names]
-    for line in ([*names], *cells):
-        print("  ".join(text.ljust(width) if is_left else text.rjust(width) for text, width, is_left in zip(line, widths, left)).rstrip())
-
-
 def print_run(run: ScoredRun) -> None:
     print(f"\n{run.name}")
-    print_table(curve(run), whole=("step", "rows"))
+    print(table_text(curve(run), whole=("step", "rows")))
     steps = run.steps
-    differences = {"proxy": paired_difference(run.proxy[0], run.proxy[-1])} if run.proxy.shape[1] > 1 else {}
-    differences |= {name: found["gain"] for name, found in run.found.items() if "gain" in found}
-    for name, gain in differences.items():
+    for name, gain in gains(run).items():
         print(f"{name}: step {steps[-1]} minus step {steps[0]}: {gain['difference']:+.4f}, standard error {gain['standard_error']:.4f} "
               f"(paired over {run.proxy.shape[1]} rows)")  # fmt: skip
     for name, found in run.found.items():
@@ -424,7 +337,7 @@ def write_run(run: ScoredRun, folder: Path, record: dict) -> None:
             if table.shape == run.proxy.shape
         },
     }
-    content = {"name": run.name, "spearman": run.found, "curve": curve(run), "per_row": per_row, "provenance": record}
+    content = {"name": run.name, "spearman": run.found, "gains": gains(run), "curve": curve(run), "per_row": per_row, "provenance": record}
     write_json(folder / "monotonicity.json", content)
     draw(folder / "monotonicity.png", run, record)
     write_report(folder / "report.html", [run], None, record)
@@ -562,7 +475,7 @@ def rank_designs(settings: MonotonicitySettings) -> None:
         for design, scores in totals.items()
     }
     print()
-    print_table([{"design": design, **{column: entry["spearman"] for column, entry in row.items()}} for design, row in found.items()])
+    print(table_text([{"design": name, **{column: entry["spearman"] for column, entry in row.items()}} for name, row in found.items()]))
     for column, names in ranked.items():
         defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
         if defined:

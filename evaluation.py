@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from records import (
     InputError,
     check_device,
     check_model_name,
+    digest,
     file_digest,
     match_rows,
     provenance,
@@ -406,9 +406,9 @@ def main() -> None:
                 "engine": [settings.engine, torch.device(device).type],
                 "decoding": asdict(decoding),
                 "seed": settings.seed,
-                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                "prompts": digest(prompts),
             }
-            fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            fingerprint = digest(facts)
             meta = target.with_suffix(".meta.json")
             if target.exists() and not settings.overwrite:
                 if not meta.is_file() or read_json(meta).get("fingerprint") != fingerprint:

@@ -50,6 +50,8 @@ class GoldSettings:
             raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
         for name in names:
             check_model_name(name)
+        if self.human_assistant_prefix and not any(map(_is_starling, names)):
+            raise InputError("--human_assistant_prefix is for Starling, and no gold model is one")
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,7 +153,6 @@ def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: 
         "turning_point": turning_point(steps, *curves),
     }
     if gold.shape == proxy.shape and proxy.shape[1] > 1:
-        found["gain"] = paired_difference(gold[0], gold[-1])
         found["interval"] = bootstrap_interval(proxy, gold)
         found["agreement"] = agreement(proxy, gold)
         found["by_qtype"] = {}
@@ -223,3 +222,41 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
             entry["mean_curves"] = spearman(*curves)
         result[gold] = entry
     return result
+
+
+def curve(run: ScoredRun) -> list[dict]:
+    """One row a checkpoint: step, proxy, each gold, the mean of each component over the rows that have it, KL where known, rows."""
+    rows = []
+    for place, step in enumerate(run.steps):
+        row = {"step": step, "proxy": float(run.proxy[place].mean())}
+        row |= {name: float(scores[place].mean()) for name, scores in run.gold.items()}
+        row |= {name: float(np.nanmean(scores[place])) for name, scores in run.components.items() if not np.isnan(scores[place]).all()}
+        row["tokens"] = float(run.tokens[place].mean())
+        if None not in run.kl:
+            row["kl"] = run.kl[place]
+        rows.append({**row, "rows": run.proxy.shape[1]})
+    return rows
+
+
+def gains(run: ScoredRun) -> dict[str, dict[str, float]]:
+    """What the proxy and each gold known by row gain from the first checkpoint to the last, by `paired_difference`; none for a lone row."""
+    tables = {"proxy": run.proxy, **{name: scores for name, scores in run.gold.items() if scores.shape == run.proxy.shape}}
+    return {name: paired_difference(scores[0], scores[-1]) for name, scores in tables.items() if scores.shape[1] > 1}
+
+
+def table_text(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> str:
+    """Rows of numbers and names as aligned lines; the columns of `whole` without decimals."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(name: str, value: object) -> str:
+        if value is None:
+            return "-"
+        return str(value) if isinstance(value, str) or name in whole else f"{value:.4f}"
+
+    cells = [[cell(name, row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[place]) for row in cells)) for place, name in enumerate(names)]
+    left = [isinstance(rows[0].get(name), str) for name in names]
+    return "\n".join(
+        "  ".join(text.ljust(width) if is_left else text.rjust(width) for text, width, is_left in zip(line, widths, left)).rstrip()
+        for line in ([*names], *cells)
+    )

@@ -6,8 +6,10 @@ expected; `run_main` turns it into that line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -158,9 +160,31 @@ def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[st
     return [by_instruction[instruction] for instruction in instructions]
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file under a line of column names. Raises InputError for broken quotes, ragged rows, or none."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(reader.fieldnames)} columns")
+    if not rows:
+        raise InputError(f"{path}: no rows, expected at least one under the line of column names")
+    return rows
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def digest(content: object) -> str:
+    """A short name of anything that JSON can say: the first 16 hexadecimal digits of its SHA-256."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def rollouts_path(checkpoint: str | Path) -> Path:

@@ -1,24 +1,23 @@
-"""Scores kept row by row beside the rollouts they belong to, so that nothing is scored twice and an interruption loses one batch.
+"""Scores of rollouts: kept row by row beside them, so that nothing is scored twice; or means read from a table.
 
 `<rollouts>.scores.jsonl` is written line by line: a line of facts for each scorer (a gold model with its weights' digest and settings, a
 proxy with its settings and code), then one line a row: {"scorer", "text", "row", "score" or the proxy's components}. A row's score is found again
-by its scorer and its text; whatever changes in either is scored anew.
+by its scorer and its text; whatever changes in either is scored anew. An interruption loses at most one batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from records import InputError, provenance, read_text
+from chat_templates import ChatTemplate
+from records import InputError, digest, provenance, read_csv, read_rows, read_text, require_finite
+from reward_model import ReversedEngineeredRewardForInference, RewardSettings
 
-
-def digest(content: object) -> str:
-    """A short name of anything that JSON can say: the first 16 hexadecimal digits of its SHA-256."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+ROWS_PER_SAVE = 128  # rows of a proxy's batch
 
 
 class ScoreStore:
@@ -96,3 +95,101 @@ def score_rows(
             store.add([(place + 1, names[place], value) for place, value in zip(places, values)])
             progress(len(places))
     return [store.found[name] for name in names]
+
+
+def proxy_columns(
+    reward: ReversedEngineeredRewardForInference,
+    store: ScoreStore,
+    batch: Mapping[str, list],
+    progress: Callable[[int], object],
+    **options: bool,
+) -> dict[str, list]:
+    """A reward's components of every row, "total" among them, those of the store read and the others made and kept."""
+    texts = [dict(zip(batch, row)) for row in zip(*batch.values())]
+
+    def score(places: list[int]) -> Iterator[tuple[list[int], list]]:
+        for start in range(0, len(places), ROWS_PER_SAVE):
+            some = places[start : start + ROWS_PER_SAVE]
+            table = reward.score({name: [column[place] for place in some] for name, column in batch.items()}, **options)
+            yield some, [dict(zip(table, row)) for row in zip(*table.values())]
+
+    rows = score_rows(store, texts, score, progress)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def proxy_facts(proxy: RewardSettings, template: ChatTemplate, output_max_length: int) -> dict:
+    """All that a proxy's score depends on besides the row, for the store."""
+    settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
+    return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}
+
+
+# ------------------------------------------------------------------------------------------------------------ gold tables
+
+
+def read_table(path: str) -> list[dict]:
+    """The rows of a CSV file, or of a JSON or JSONL list. Raises InputError where it cannot be read or has no rows."""
+    if not path.endswith(".csv"):
+        return read_rows(path, {})
+    return read_csv(path)
+
+
+def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
+    """Gold scores of systems: {column: {system: score}}, from a table whose first column, or `generator`, names the system.
+
+    Columns with anything but numbers in them are left out; so are empty cells.
+
+    Raises:
+        InputError: no rows, a system twice, or no column of numbers.
+    """
+    rows = read_table(path)
+    key = "generator" if "generator" in rows[0] else next(iter(rows[0]))
+    names = [str(row.get(key)) for row in rows]
+    for number, name in enumerate(names, start=1):
+        if names.index(name) != number - 1:
+            raise InputError(f"{path}: row {number}: {key} {name!r} comes twice")
+    columns = {}
+    for column in rows[0]:
+        cells = {name: row.get(column) for name, row in zip(names, rows) if row.get(column) not in (None, "")}
+        try:
+            scores = {name: float(cell) for name, cell in cells.items()}
+        except (TypeError, ValueError):
+            continue
+        if column != key and scores and all(map(math.isfinite, scores.values())):
+            columns[column] = scores
+    if not columns:
+        raise InputError(f"{path}: no column of numbers, expected one with the systems' scores")
+    return columns
+
+
+def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Mean gold scores by column and step, from a CSV or JSON table; a column that is not all numbers is no gold.
+
+    Raises:
+        InputError: no column of numbers besides `step`, a missing or repeated step, or a value that is not finite.
+    """
+    rows = read_table(path)
+    golds = [name for name in rows[0] if name and name != "step" and _number(rows[0][name]) is not None]
+    if not golds:
+        raise InputError(f"{path}: row 1: no column of numbers besides 'step', expected one for each gold")
+    scores: dict[int, dict[str, float]] = {}
+    for number, row in enumerate(rows, start=1):
+        for field in ("step", *golds):
+            if _number(row.get(field)) is None:
+                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number")
+        step = _number(row["step"])
+        if not step.is_integer():
+            raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
+        if int(step) in scores:
+            raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
+        scores[int(step)] = {gold: _number(row[gold]) for gold in golds}
+    for step in steps:
+        if step not in scores:
+            raise InputError(f"{path}: no row for step {step}")
+    return {gold: dict(zip(steps, require_finite([scores[step][gold] for step in steps], f"{path}, {gold}"))) for gold in golds}
+
+
+def _number(cell: object) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None

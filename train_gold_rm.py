@@ -5,8 +5,9 @@
 
 Each row of the preferences: {"instruction", "output_1", "output_2", "preference": 1 or 2}, and "generator_1", "generator_2" where
 systems are held out. Prompts are held out whole, by a hash of their text. In most preference data the longer answer wins, and a
-model trained on it as it is learns little else: training pairs are therefore balanced so that the longer answer wins half of them,
-and each comes with a third, damaged text: another prompt's answer, or the preferred one repeating itself or cut short.
+model trained on it as it is learns little else: training pairs are therefore balanced so that the longer answer wins half of them.
+Pairs of one prompt are ranked together, so that an answer they share is read once and orders the answers that it was not compared
+with; every ranking brings damaged texts: other prompts' answers, and a preferred answer repeating itself or cut short.
 
 The result is a PEFT adapter folder that `gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
 the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
@@ -32,6 +33,7 @@ from settings import parse_settings, setting
 if TYPE_CHECKING:
     import torch
 
+FORWARD_TOKENS = 4096  # in one forward pass of training, padding included
 FOREIGN, REPETITION, CUT = DAMAGES = ("another prompt's answer", "repetition", "cut")
 
 
@@ -41,15 +43,16 @@ class GoldTrainingSettings:
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
-    pairs: int = setting(2000, "training pairs (one epoch), each with a damaged text")
+    pairs: int = setting(5000, "most training pairs (one epoch)")
+    ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
     heldout_share: float = setting(0.15, "share of the prompts held out")
     heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
     heldout_pairs: int = setting(400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged")
-    max_length: int = setting(320, "longest conversation in tokens; training leaves pairs with a longer one out")
-    batch_size: int = setting(8, "pairs per optimiser step")
+    max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out")
+    batch_size: int = setting(4, "rankings per optimiser step")
     learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly")
     lora_r: int = setting(8, "LoRA rank")
-    lora_layers: int = setting(16, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
+    lora_layers: int = setting(12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
     seed: int = setting(42, "seed of pair selection and training")
@@ -129,18 +132,43 @@ def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rn
     return rng.sample(halves[0][:each] + halves[1][:each], 2 * each)
 
 
-def encode_rankings(pairs: list[Pair], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
-    """Each pair with a damaged text, as token ids [chosen, rejected, damaged] and the comparisons (better, worse) among them.
+def by_prompt(pairs: list[Pair], most: int) -> list[list[Pair]]:
+    """The pairs of each prompt, up to `most` together, prompts in order of first appearance."""
+    prompts: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        prompts.setdefault(pair.instruction, []).append(pair)
+    return [group[start : start + most] for group in prompts.values() for start in range(0, len(group), most)]
 
-    Most damages are foreign answers, the hardest to tell; those are worse than the rejected answer too.
+
+def implied(comparisons: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """`comparisons` (better, worse), and those that follow through one shared answer, but for what another comparison denies."""
+    follow = {(better, worse) for better, middle in comparisons for other, worse in comparisons if middle == other and better != worse}
+    return comparisons | {(better, worse) for better, worse in follow if (worse, better) not in comparisons}
+
+
+def encode_rankings(groups: list[list[Pair]], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
+    """Each group of one prompt's pairs as token ids of its texts, and who beats whom: preferences, foreign answers, other damages.
+
+    The damaged texts are those of the group's first pair. A foreign answer is worse than all of the group's; the preferred answer
+    that repeats itself or ends early is worse than it was whole.
     """
+    first = [group[0] for group in groups]
+    damages = [damaged_pairs(first, (FOREIGN,), rng), damaged_pairs(first[::-1], (FOREIGN,), rng)[::-1]]
+    damages.append(damaged_pairs(first, (REPETITION, CUT), rng))
     rankings = []
-    for pair, damaged in zip(pairs, damaged_pairs(pairs, (FOREIGN, REPETITION, FOREIGN, CUT, FOREIGN), rng)):
-        sequences = [encode(pair.instruction, text) for text in (pair.chosen, pair.rejected, damaged.rejected)]
-        comparisons = [(0, 1)]
-        if damaged.rejected != pair.chosen:
-            comparisons += [(0, 2), (1, 2)] if damaged.kind == FOREIGN else [(0, 2)]
-        rankings.append({"sequences": sequences, "comparisons": comparisons, "length": max(map(len, sequences))})
+    for group, *damaged in zip(groups, *damages):
+        texts = list(dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected)))
+        comparisons = {"preference": implied({(texts.index(pair.chosen), texts.index(pair.rejected)) for pair in group})}
+        for place, pair in enumerate(damaged, start=len(texts)):
+            better = range(len(texts)) if pair.kind == FOREIGN else [texts.index(pair.chosen)]
+            comparisons.setdefault(pair.kind, set()).update((one, place) for one in better if pair.rejected != texts[one])
+        texts += [pair.rejected for pair in damaged]
+        rankings.append(
+            {
+                "sequences": [encode(group[0].instruction, text) for text in texts],
+                "comparisons": [{"kind": kind, "pairs": sorted(ordered)} for kind, ordered in comparisons.items()],
+            }
+        )
     return rankings
 
 
@@ -202,7 +230,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-    from gold_models import encode_conversation
+    from gold_models import batches_by_length, encode_conversation
 
     set_seed(settings.seed)
     rng = random.Random(settings.seed)
@@ -214,14 +242,17 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
 
     def fits(pair: Pair) -> bool:
-        return all(len(encode(pair.instruction, text)) <= settings.max_length for text in (pair.chosen, pair.rejected))
+        lengths = [len(encode(pair.instruction, text)) for text in (pair.chosen, pair.rejected)]
+        return max(lengths) <= settings.max_length and pair.chosen != pair.rejected
 
     selected = select_pairs(pairs, settings.pairs, fits, rng)
     if not selected:
         raise InputError(
             f"{settings.preferences}: no pairs within {settings.max_length} tokens in which now the longer, now the shorter wins"
         )
-    print(f"{len(selected)} training pairs")
+    groups = by_prompt(selected, settings.ranked_together)
+    rng.shuffle(groups)
+    print(f"{len(selected)} training pairs in {len(groups)} rankings")
     layers = model.config.num_hidden_layers
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -234,21 +265,29 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     model = get_peft_model(model, lora)
     pad = model.config.pad_token_id
 
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        # A foreign answer may be longer than its pair: it loses its end.
-        sequences = [sequence[: settings.max_length] for row in rows for sequence in row["sequences"]]
-        starts = range(0, len(sequences), 3)
-        comparisons = [[start + place for place in pair] for start, row in zip(starts, rows) for pair in row["comparisons"]]
-        longest = max(map(len, sequences))
-        ids = torch.tensor([sequence + [pad] * (longest - len(sequence)) for sequence in sequences])
-        mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
-        return {"input_ids": ids, "attention_mask": mask, "comparisons": torch.tensor(comparisons)}
+    def collate(rows: list[dict]) -> dict[str, list]:
+        sequences, comparisons = [], {}
+        for row in rows:
+            start = len(sequences)
+            # A foreign answer may be longer than the others: it loses its end.
+            sequences += [sequence[: settings.max_length] for sequence in row["sequences"]]
+            for entry in row["comparisons"]:
+                comparisons.setdefault(entry["kind"], []).extend([start + place for place in pair] for pair in entry["pairs"])
+        return {"sequences": sequences, "comparisons": comparisons}
 
     class BradleyTerryTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            better, worse = inputs.pop("comparisons").T
-            scores = model(**inputs).logits.squeeze(-1).float()
-            loss = bradley_terry_loss(scores[better], scores[worse])
+            sequences = inputs["sequences"]
+            scores = torch.empty(len(sequences), device=model.device)
+            for places in batches_by_length(list(map(len, sequences)), len(sequences), FORWARD_TOKENS):
+                longest = max(len(sequences[place]) for place in places)
+                ids = torch.tensor([sequences[place] + [pad] * (longest - len(sequences[place])) for place in places])
+                mask = torch.arange(longest) < torch.tensor([[len(sequences[place])] for place in places])
+                logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
+                scores[places] = logits.squeeze(-1).float()
+            # Each kind of comparison weighs the same, however many there are of it.
+            kinds = [torch.tensor(pairs).T for pairs in inputs["comparisons"].values() if pairs]
+            loss = torch.stack([bradley_terry_loss(scores[better], scores[worse]) for better, worse in kinds]).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}")
             return (loss, scores) if return_outputs else loss
@@ -264,7 +303,6 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         weight_decay=0.01,
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         logging_steps=10,
         save_steps=settings.save_steps,
@@ -273,7 +311,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    dataset = Dataset.from_list(encode_rankings(selected, encode, rng))
+    dataset = Dataset.from_list(encode_rankings(groups, encode, rng))
     trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     trainer.train(resume_from_checkpoint=any(unfinished.glob("checkpoint-*")))
     with atomic_path(settings.output_dir) as temporary:
@@ -291,8 +329,8 @@ Settings, seed, commit and package versions: `training_record.json`.
 **Command.** `{command}`
 
 **Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens: one half with the longer answer
-preferred, the other with the shorter. Each comes with a third text that must score lower: another prompt's answer (three in five), the
-preferred answer repeating itself, or cut short. Systems never trained on: {systems}.
+preferred, the other with the shorter. Up to {settings.ranked_together} pairs of a prompt are ranked together, with two other prompts' answers
+below all of them, and a preferred answer above itself repeated or cut short. Systems never trained on: {systems}.
 
 **Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher):
 

@@ -16,9 +16,7 @@ goes on with the files that are whole in the cache.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -40,6 +38,7 @@ from records import (
     atomic_path,
     file_digest,
     provenance,
+    read_csv,
     read_json,
     read_rows,
     read_text,
@@ -118,7 +117,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
     if kind == ".parquet":
         return _parquet_rows(path, columns)
     if kind == ".csv":
-        rows = _csv_rows(path)
+        rows = read_csv(path)
     elif kind == ".json" and read_text(path).lstrip().startswith("{"):
         rows = _json_lines(path)
     else:
@@ -150,21 +149,6 @@ def _json_lines(path: Path) -> list[dict]:
                 raise InputError(f"{path}: line {number}: broken JSON ({error.msg} at column {error.colno})") from None
             if not isinstance(rows[-1], dict):
                 raise InputError(f"{path}: line {number}: expected an object, found {type(rows[-1]).__name__}")
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(reader.fieldnames)} columns")
-    if not rows:
-        raise InputError(f"{path}: no rows, expected at least one under the line of column names")
     return rows
 
 

@@ -26,9 +26,11 @@ from train_gold_rm import (
     Pair,
     accuracies,
     bradley_terry_loss,
+    by_prompt,
     damaged_pairs,
     encode_rankings,
     heldout_sample,
+    implied,
     is_heldout,
     select_pairs,
 )
@@ -141,6 +143,9 @@ def test_unusable_gold_settings(monkeypatch):
         GoldSettings(load_in_8bit=True, load_in_4bit=True).check_gold([])
     with pytest.raises(InputError, match="--gold_batch_tokens is 0, expected at least 1"):
         GoldSettings(gold_batch_tokens=0).check_gold([])
+    with pytest.raises(InputError, match="human_assistant_prefix is for Starling"):
+        GoldSettings(human_assistant_prefix=True).check_gold(["owner/another-model"])
+    GoldSettings(human_assistant_prefix=True).check_gold(["Nexusflow/Starling-RM-34B", "owner/another-model"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="need bitsandbytes, which is not installed"):
         GoldSettings(load_in_4bit=True).check_gold([])
@@ -204,11 +209,27 @@ def test_damages():
 def test_rankings():
     import random
 
-    pairs = [Pair(f"q{n}", f"answer number {n} has quite a few words in it so that it can be cut", "worse") for n in range(6)]
-    rankings = encode_rankings(pairs, lambda instruction, text: [len(text)], random.Random(0))
-    assert [len(row["sequences"]) for row in rankings] == [3] * 6
-    foreign, repetition = [(0, 1), (0, 2), (1, 2)], [(0, 1), (0, 2)]  # a repetition need not be worse than the rejected answer
-    assert [row["comparisons"] for row in rankings] == [foreign, repetition, foreign, repetition, foreign, foreign]
+    text = "answer {} has quite a few words in it so that it can be cut"
+    pairs = [Pair("q", text.format("one"), "middling"), Pair("q", "middling", "worst"), Pair("r", text.format("two"), "worse")]
+    groups = by_prompt(pairs, 2)
+    assert groups == [pairs[:2], pairs[2:]]
+    first, second = encode_rankings(groups, lambda instruction, text: [len(text)], random.Random(0))
+    # Three answers in order, two foreign answers below all of them, and the best one's repetition below itself.
+    assert len(first["sequences"]) == 6
+    assert first["sequences"][:5] == [[len(pair)] for pair in (pairs[0].chosen, "middling", "worst", pairs[2].chosen, pairs[2].chosen)]
+    assert first["comparisons"] == [
+        {"kind": "preference", "pairs": [(0, 1), (0, 2), (1, 2)]},
+        {"kind": FOREIGN, "pairs": [(0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)]},
+        {"kind": "repetition", "pairs": [(0, 5)]},
+    ]
+    assert second["comparisons"][2] == {"kind": CUT, "pairs": [(0, 4)]}
+    assert [len(group) for group in by_prompt(pairs * 2, 3)] == [3, 1, 2]
+
+
+def test_what_comparisons_imply():
+    assert implied({(0, 1), (1, 2)}) == {(0, 1), (1, 2), (0, 2)}
+    assert implied({(0, 1), (2, 1)}) == {(0, 1), (2, 1)}  # two that beat the same one are not ordered
+    assert implied({(0, 1), (1, 2), (2, 0)}) == {(0, 1), (1, 2), (2, 0)}  # a circle implies nothing new
 
 
 def test_what_is_measured_on():

@@ -11,20 +11,17 @@ from conftest import ROWS, run_script
 from chat_templates import load_template
 from eval_monotonicity import (
     MonotonicitySettings,
-    curve,
     find_checkpoints,
-    print_table,
-    proxy_columns,
-    read_gold_scores,
     read_kl,
     read_run,
     scored_run,
     short_names,
     warn_of_changed_code,
 )
+from monotonicity import ScoredRun, curve, gains, table_text
 from records import InputError, read_json
 from reward_model import ReversedEngineeredRewardForInference, proxy_of_run
-from scores import ScoreStore, score_rows
+from scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
 
 
 def make_run(folder, steps, instructions=("a", "b"), name="run"):
@@ -143,9 +140,16 @@ def test_names_of_golds():
         short_names(["a", "a"])
 
 
-def test_tables_are_aligned(capsys):
-    print_table([{"design": "LI", "x": 0.5}, {"design": "1", "x": None}])
-    assert capsys.readouterr().out == "design       x\nLI      0.5000\n1            -\n"
+def test_tables_are_aligned():
+    assert table_text([{"design": "LI", "x": 0.5}, {"design": "1", "x": None}]) == "design       x\nLI      0.5000\n1            -"
+
+
+def test_gains_of_a_run():
+    proxy = np.array([[0.0, 0.0], [5.0, 5.0], [1.0, 3.0]])
+    run = ScoredRun("run", [1, 2, 3], [], [], [], [], np.zeros((3, 2)), {}, proxy, {"a": -proxy, "means": proxy[:, :1]}, [None] * 3)
+    # Differences 1 and 3: mean 2, standard deviation sqrt(2), standard error 1. A gold known by its means alone has none.
+    gain = {"difference": 2.0, "standard_error": pytest.approx(1.0)}
+    assert gains(run) == {"proxy": gain, "a": {**gain, "difference": -2.0}}
 
 
 # ------------------------------------------------------------------------------------------------------ kept row by row
