@@ -36,6 +36,7 @@ class GoldSettings:
     """How gold models are loaded and run. Shared by every script that scores with one."""
 
     gold_batch_tokens: int = setting(16384, "most tokens, padding included, in a gold batch; a longer row is scored alone")
+    gold_dtype: str = setting("", "bfloat16 or float32 for the gold weights; empty means bfloat16 on GPUs, float32 on a CPU")
     load_in_8bit: bool = setting(False, "gold weights in 8 bits (bitsandbytes)")
     load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
     human_assistant_prefix: bool = setting(False, "Starling: the instruction in a second frame of Human and Assistant, as published")
@@ -44,6 +45,8 @@ class GoldSettings:
         """Raises InputError for what can be known to be unusable before a model loads."""
         if self.gold_batch_tokens < 1:
             raise InputError(f"--gold_batch_tokens is {self.gold_batch_tokens}, expected at least 1")
+        if self.gold_dtype not in ("", "bfloat16", "float32"):
+            raise InputError(f"--gold_dtype is {self.gold_dtype!r}, expected bfloat16 or float32")
         if self.load_in_8bit and self.load_in_4bit:
             raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
         if (self.load_in_8bit or self.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None:
@@ -96,8 +99,8 @@ class _GoldRewardModel(ABC):
     @property
     def facts(self) -> dict:
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
-        bits = asdict(self.settings)
-        del bits["gold_batch_tokens"]  # a matter of speed
+        # The tokens of a batch are a matter of speed, and the dtype is the model's.
+        bits = {name: value for name, value in asdict(self.settings).items() if name not in ("gold_batch_tokens", "gold_dtype")}
         return {
             "gold": self.name,
             "weights": weights_digest(self.name, self.model),
@@ -321,7 +324,7 @@ def _weight_names(folder: Path) -> Iterable[str]:
 
 
 def _load_model(cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False) -> PreTrainedModel:
-    """`cls.from_pretrained` from safetensors: bf16 over the GPUs there are, fp32 on a CPU; missing weights are an error."""
+    """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; missing weights are an error."""
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     placement = {"device_map": "auto"} if cuda and device is None else {}
     labels = {"num_labels": 1} if new_head else {}
@@ -339,7 +342,7 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
     with loading(name_or_path, "a reward model"):
         model, loaded = cls.from_pretrained(
             name_or_path,
-            dtype=torch.bfloat16 if cuda else torch.float32,
+            dtype=settings.gold_dtype or ("bfloat16" if cuda else "float32"),
             use_safetensors=True,
             output_loading_info=True,
             **placement,

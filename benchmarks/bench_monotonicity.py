@@ -85,28 +85,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64, help="rows of each checkpoint")
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_checkpoints(Path(folder), words.rows)
-        settings = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
-                                        relevance_model_name=ENCODER, steps=list(range(1, 11)))  # fmt: skip
+    cold, added = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        with tempfile.TemporaryDirectory() as folder:
+            data = write_checkpoints(Path(folder), words.rows)
+            settings = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
+                                            gold_dtype=dtype, relevance_model_name=ENCODER, steps=list(range(1, 11)))  # fmt: skip
 
-        def ours() -> None:
-            runs = [read_run(settings, "run")]
-            score_proxies(settings, runs)
-            score_gold(settings, GOLD, runs)
+            def ours() -> None:
+                runs = [read_run(settings, "run")]
+                score_proxies(settings, runs)
+                score_gold(settings, GOLD, runs)
 
-        ours_cold = seconds(ours)
-        theirs_ten = seconds(lambda: one_row_at_a_time(read_run(settings, "run")))
-        settings.steps = list(range(1, 12))
-        ours_added = seconds(ours)
-        settings.steps = [9, 10, 11]
-        theirs_one = seconds(lambda: one_row_at_a_time(read_run(settings, "run"))) / 3
-        rows = len(find_checkpoints(settings, "run")[0].rows)
-    print(
-        f"ten checkpoints of {rows} rows: {theirs_ten / ours_cold:.2f} times as fast as row by row ({ours_cold:.1f} s against {theirs_ten:.1f} s)"
-    )
-    print(f"one checkpoint added: {(theirs_ten + theirs_one) / ours_added:.2f} times as fast as all eleven row by row "
-          f"({ours_added:.1f} s against {theirs_ten + theirs_one:.1f} s)")  # fmt: skip
+            cold[dtype] = seconds(ours)
+            if not added:
+                ten = seconds(lambda: one_row_at_a_time(read_run(settings, "run")))
+            settings.steps = list(range(1, 12))
+            added[dtype] = seconds(ours)
+            if len(added) == 1:
+                settings.steps = [9, 10, 11]
+                eleven = ten + seconds(lambda: one_row_at_a_time(read_run(settings, "run"))) / 3
+            rows = len(find_checkpoints(settings, "run")[0].rows)
+    print(f"one row at a time, fp32: ten checkpoints of {rows} rows {ten:.1f} s, eleven {eleven:.1f} s")
+    for dtype in cold:
+        print(f"gold in {dtype}: ten checkpoints {cold[dtype]:.1f} s, {ten / cold[dtype]:.2f} times as fast; one checkpoint added "
+              f"{added[dtype]:.1f} s, {eleven / added[dtype]:.2f} times as fast as all eleven")  # fmt: skip
 
 
 if __name__ == "__main__":

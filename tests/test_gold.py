@@ -125,6 +125,15 @@ def test_rewards_batch_by_batch(tiny_gold):
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 
+def test_scores_in_bfloat16(tiny_gold):
+    exact = load_gold_reward_model(str(tiny_gold), device="cpu")
+    rounded = load_gold_reward_model(str(tiny_gold), device="cpu", settings=GoldSettings(gold_dtype="bfloat16"))
+    assert rounded.facts == {**exact.facts, "dtype": "bfloat16"}
+    scores = rounded.get_reward(BATCH)
+    assert scores != exact.get_reward(BATCH)
+    assert scores == pytest.approx(exact.get_reward(BATCH), abs=0.02)
+
+
 def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
     import shutil
 
@@ -141,6 +150,8 @@ def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
 def test_unusable_gold_settings(monkeypatch):
     with pytest.raises(InputError, match="--load_in_8bit and --load_in_4bit are both set"):
         GoldSettings(load_in_8bit=True, load_in_4bit=True).check_gold([])
+    with pytest.raises(InputError, match="--gold_dtype is 'int8', expected bfloat16 or float32"):
+        GoldSettings(gold_dtype="int8").check_gold([])
     with pytest.raises(InputError, match="--gold_batch_tokens is 0, expected at least 1"):
         GoldSettings(gold_batch_tokens=0).check_gold([])
     with pytest.raises(InputError, match="human_assistant_prefix is for Starling"):
