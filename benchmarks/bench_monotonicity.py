@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -56,8 +57,9 @@ def write_checkpoints(folder: Path, rows: int) -> Path:
     return data
 
 
-def one_row_at_a_time(run) -> None:
-    """What a plain script does: each row through the encoder and the gold model by itself."""
+def one_row_at_a_time(run) -> list[float]:
+    """What a plain script does: each row through the encoder and the gold model by itself. Seconds until each checkpoint is done."""
+    start, times = time.perf_counter(), []
     reward = RewardSettings(**FULL_DESIGN, relevance_model_name=ENCODER).load_reward(run.template, 512, "cpu")
     for module in reward.relevance_model.encoder.modules():
         if type(module) is OneDNNLinear:
@@ -73,11 +75,16 @@ def one_row_at_a_time(run) -> None:
             ids = torch.tensor([encode_conversation(tokenizer, row["instruction"], row["output"], 2048)])
             with torch.inference_mode():
                 gold(input_ids=ids)
+        times.append(time.perf_counter() - start)
+    return times
 
 
-def seconds(work) -> float:
+def ours(settings: MonotonicitySettings) -> float:
+    """Seconds of reading and scoring the checkpoints that `settings` names."""
     start = time.perf_counter()
-    work()
+    runs = [read_run(settings, "run")]
+    score_proxies(settings, runs)
+    score_gold(settings, GOLD, runs)
     return time.perf_counter() - start
 
 
@@ -85,31 +92,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64, help="rows of each checkpoint")
     words = parser.parse_args()
-    cold, added = {}, {}
+    cold, added, plain = {}, {}, None
     for dtype in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:
             data = write_checkpoints(Path(folder), words.rows)
-            settings = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
-                                            gold_dtype=dtype, relevance_model_name=ENCODER, steps=list(range(1, 11)))  # fmt: skip
-
-            def ours() -> None:
-                runs = [read_run(settings, "run")]
-                score_proxies(settings, runs)
-                score_gold(settings, GOLD, runs)
-
-            cold[dtype] = seconds(ours)
-            if not added:
-                ten = seconds(lambda: one_row_at_a_time(read_run(settings, "run")))
-            settings.steps = list(range(1, 12))
-            added[dtype] = seconds(ours)
-            if len(added) == 1:
-                settings.steps = [9, 10, 11]
-                eleven = ten + seconds(lambda: one_row_at_a_time(read_run(settings, "run"))) / 3
-            rows = len(find_checkpoints(settings, "run")[0].rows)
-    print(f"one row at a time, fp32: ten checkpoints of {rows} rows {ten:.1f} s, eleven {eleven:.1f} s")
+            eleven = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
+                                          gold_dtype=dtype, relevance_model_name=ENCODER)  # fmt: skip
+            cold[dtype] = ours(replace(eleven, steps=list(range(1, 11))))
+            plain = plain or one_row_at_a_time(read_run(eleven, "run"))
+            added[dtype] = ours(eleven)
+            rows = len(find_checkpoints(eleven, "run")[0].rows)
+    print(f"one row at a time, fp32: ten checkpoints of {rows} rows {plain[9]:.1f} s, eleven {plain[10]:.1f} s")
     for dtype in cold:
-        print(f"gold in {dtype}: ten checkpoints {cold[dtype]:.1f} s, {ten / cold[dtype]:.2f} times as fast; one checkpoint added "
-              f"{added[dtype]:.1f} s, {eleven / added[dtype]:.2f} times as fast as all eleven")  # fmt: skip
+        print(f"gold in {dtype}: ten checkpoints {cold[dtype]:.1f} s, {plain[9] / cold[dtype]:.2f} times as fast; one checkpoint added "
+              f"{added[dtype]:.1f} s, {plain[10] / added[dtype]:.2f} times as fast as all eleven")  # fmt: skip
 
 
 if __name__ == "__main__":
