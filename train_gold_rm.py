@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
+from records import InputError, adapter_base, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class GoldTrainingSettings:
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
+    start_from: str = setting("", "reward adapter on the same model to go on from, LoRA settings and all; empty means a new one")
     pairs: int = setting(5000, "most training pairs (one epoch)")
     ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
     heldout_share: float = setting(0.15, "share of the prompts held out")
@@ -227,7 +228,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     """Train on a balanced choice of `pairs` and write the adapter to `settings.output_dir`."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
     from gold_models import batches_by_length, encode_conversation
@@ -253,16 +254,19 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     groups = by_prompt(selected, settings.ranked_together)
     rng.shuffle(groups)
     print(f"{len(selected)} training pairs in {len(groups)} rankings")
-    layers = model.config.num_hidden_layers
-    lora = LoraConfig(
-        task_type="SEQ_CLS",
-        r=settings.lora_r,
-        lora_alpha=2 * settings.lora_r,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
-        modules_to_save=["score"],
-    )
-    model = get_peft_model(model, lora)
+    if settings.start_from:
+        model = PeftModel.from_pretrained(model, settings.start_from, is_trainable=True)
+    else:
+        layers = model.config.num_hidden_layers
+        lora = LoraConfig(
+            task_type="SEQ_CLS",
+            r=settings.lora_r,
+            lora_alpha=2 * settings.lora_r,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
+            modules_to_save=["score"],
+        )
+        model = get_peft_model(model, lora)
     pad = model.config.pad_token_id
 
     def collate(rows: list[dict]) -> dict[str, list]:
@@ -359,6 +363,8 @@ def main() -> None:
     settings = parse_settings(GoldTrainingSettings, description=__doc__)
     pairs = read_pairs(settings.preferences)
     check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
+    if settings.start_from and Path(adapter_base(settings.start_from)).resolve() != Path(settings.model_name).resolve():
+        raise InputError(f"--start_from: {settings.start_from} sits on {adapter_base(settings.start_from)}, expected {settings.model_name}")
     known = {system for pair in pairs for system in pair.systems}
     for system in settings.heldout_systems:
         if system not in known:
