@@ -292,6 +292,26 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     assert len(set(scores)) == len(ROWS)
     assert not output.with_name("gold.unfinished").exists()
 
+    again = tmp_path / "again"
+    words = (
+        "train_gold_rm.py",
+        "--preferences",
+        preferences,
+        "--start_from",
+        output,
+        "--output_dir",
+        again,
+        "--pairs",
+        4,
+        "--learning_rate",
+        0,
+    )
+    refused = run_script(*words)
+    assert refused.returncode == 2 and f"sits on {tiny_model}, expected models/SmolLM2-135M-Instruct" in refused.stderr
+    done = run_script(*words, "--model_name", tiny_model, "--bf16", "false")
+    assert done.returncode == 0, done.stderr
+    assert load_gold_reward_model(str(again), device="cpu").get_reward(BATCH) == scores  # nothing was learned on top
+
 
 def test_a_bad_preference_is_named(tmp_path):
     preferences = tmp_path / "pairs.jsonl"
