@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, adapter_base, atomic_path, check_model_name, loading, provenance, read_rows, run_main, write_json
+from records import InputError, adapter_base, atomic_path, check_model_name, loading, provenance, read_json, read_rows, run_main, write_json
 from settings import parse_settings, setting
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
 
     from gold_models import SequenceClassificationRMForInference
 
-    gold = SequenceClassificationRMForInference(settings.output_dir, batch_size=settings.batch_size)
+    gold = SequenceClassificationRMForInference(settings.output_dir)
     texts = list(dict.fromkeys((pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
     texts.sort(key=lambda text: len(text[0] + text[1]))
     scores = {}
@@ -326,7 +326,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
 CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
 
 Trained by `train_gold_rm.py` with the Bradley-Terry loss; `gold_models.load_gold_reward_model` reads this folder.
-Settings, seed, commit and package versions: `training_record.json`.
+Settings, seed, commit and package versions, also of what it goes on from: `training_record.json`.
 
 **Data and licence.** {note}
 
@@ -358,13 +358,26 @@ def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, flo
         temporary.write_text(card, encoding="utf-8")
 
 
+def earlier_training(settings: GoldTrainingSettings) -> dict:
+    """The record of the adapter to go on from. Raises InputError for another base model, or prompts or systems held out otherwise."""
+    folder = Path(settings.start_from)
+    base = adapter_base(folder)
+    if Path(base).resolve() != Path(settings.model_name).resolve():
+        raise InputError(f"--start_from: {folder} sits on {base}, expected {settings.model_name}")
+    record = read_json(folder / "training_record.json")
+    for name in ("heldout_share", "heldout_systems"):
+        # What was trained on then cannot be held out now.
+        if record["settings"][name] != getattr(settings, name):
+            raise InputError(f"--start_from: {folder} was trained with {name} {record['settings'][name]}, expected the same as now")
+    return record
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(GoldTrainingSettings, description=__doc__)
     pairs = read_pairs(settings.preferences)
     check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
-    if settings.start_from and Path(adapter_base(settings.start_from)).resolve() != Path(settings.model_name).resolve():
-        raise InputError(f"--start_from: {settings.start_from} sits on {adapter_base(settings.start_from)}, expected {settings.model_name}")
+    earlier = earlier_training(settings) if settings.start_from else None
     known = {system for pair in pairs for system in pair.systems}
     for system in settings.heldout_systems:
         if system not in known:
@@ -379,7 +392,7 @@ def main() -> None:
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
     heldout = heldout_sample(heldout, settings.heldout_pairs)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
-    record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name)
+    record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
     if not settings.evaluate_only:
         train(settings, training)
     measured = heldout_accuracies(settings, heldout)

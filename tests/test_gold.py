@@ -308,9 +308,12 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     )
     refused = run_script(*words)
     assert refused.returncode == 2 and f"sits on {tiny_model}, expected models/SmolLM2-135M-Instruct" in refused.stderr
-    done = run_script(*words, "--model_name", tiny_model, "--bf16", "false")
+    refused = run_script(*words, "--model_name", tiny_model)
+    assert refused.returncode == 2 and "was trained with heldout_systems ['system 4']" in refused.stderr
+    done = run_script(*words, "--model_name", tiny_model, "--bf16", "false", "--heldout_systems", "system 4")
     assert done.returncode == 0, done.stderr
     assert load_gold_reward_model(str(again), device="cpu").get_reward(BATCH) == scores  # nothing was learned on top
+    assert read_json(again / "training_record.json")["start_from"] == record
 
 
 def test_a_bad_preference_is_named(tmp_path):
