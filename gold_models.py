@@ -41,6 +41,10 @@ class GoldSettings:
     load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
     human_assistant_prefix: bool = setting(False, "Starling: the instruction in a second frame of Human and Assistant, as published")
 
+    @property
+    def quantized(self) -> bool:
+        return self.load_in_8bit or self.load_in_4bit
+
     def check_gold(self, names: Sequence[str]) -> None:
         """Raises InputError for what can be known to be unusable before a model loads."""
         if self.gold_batch_tokens < 1:
@@ -49,7 +53,7 @@ class GoldSettings:
             raise InputError(f"--gold_dtype is {self.gold_dtype!r}, expected bfloat16 or float32")
         if self.load_in_8bit and self.load_in_4bit:
             raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
-        if (self.load_in_8bit or self.load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None:
+        if self.quantized and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
         for name in names:
             check_model_name(name)
@@ -271,7 +275,9 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         if is_adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
+            model = PeftModel.from_pretrained(model, name_or_path)
+            if not settings.quantized:  # merged into 8 or 4 bits, an adapter would be rounded away
+                model = model.merge_and_unload()
         if model.config.num_labels != 1:
             raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")
         if model.config.pad_token_id is None:
@@ -328,7 +334,7 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     placement = {"device_map": "auto"} if cuda and device is None else {}
     labels = {"num_labels": 1} if new_head else {}
-    if settings.load_in_8bit or settings.load_in_4bit:
+    if settings.quantized:
         from transformers import BitsAndBytesConfig
 
         # The head stays as it is: it is small, and all there is to the score's scale.

@@ -125,6 +125,24 @@ def test_rewards_batch_by_batch(tiny_gold):
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 
+def test_weights_in_8_bits(starling, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(2)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["up_proj"], modules_to_save=["score"], init_lora_weights=False)
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1), lora).save_pretrained(tmp_path)
+    settings = GoldSettings(load_in_8bit=True)
+    for folder in (starling, tmp_path):
+        exact = load_gold_reward_model(str(folder), device="cpu")
+        rounded = load_gold_reward_model(str(folder), device="cpu", settings=settings)
+        kinds = {name: type(module).__name__ for name, module in rounded.model.named_modules()}
+        assert "Linear8bitLt" in kinds.values()
+        assert not [name for name, kind in kinds.items() if kind == "Linear8bitLt" and ("v_head" in name or "score" in name)]
+        assert rounded.get_reward(BATCH) == pytest.approx(exact.get_reward(BATCH), abs=0.05)
+        assert rounded.facts != exact.facts
+
+
 def test_scores_in_bfloat16(tiny_gold):
     exact = load_gold_reward_model(str(tiny_gold), device="cpu")
     rounded = load_gold_reward_model(str(tiny_gold), device="cpu", settings=GoldSettings(gold_dtype="bfloat16"))
