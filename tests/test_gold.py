@@ -139,6 +139,7 @@ def test_weights_in_8_bits(starling, tiny_model, tmp_path):
         kinds = {name: type(module).__name__ for name, module in rounded.model.named_modules()}
         assert "Linear8bitLt" in kinds.values()
         assert not [name for name, kind in kinds.items() if kind == "Linear8bitLt" and ("v_head" in name or "score" in name)]
+        assert any("lora_A" in name for name in kinds) == (folder == tmp_path)  # not merged into 8 bits
         assert rounded.get_reward(BATCH) == pytest.approx(exact.get_reward(BATCH), abs=0.05)
         assert rounded.facts != exact.facts
 
