@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,14 +103,14 @@ class _GoldRewardModel(ABC):
     @property
     def facts(self) -> dict:
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
-        # The tokens of a batch are a matter of speed, and the dtype is the model's.
-        bits = {name: value for name, value in asdict(self.settings).items() if name not in ("gold_batch_tokens", "gold_dtype")}
+        names = {field.name for field in fields(GoldSettings)}  # a script's settings have more, no matter to a score
+        names -= {"gold_batch_tokens", "gold_dtype"}  # a matter of speed; the model's own dtype counts
         return {
             "gold": self.name,
             "weights": weights_digest(self.name, self.model),
             "dtype": self.dtype,
             "max_length": self.max_length,
-            **bits,
+            **{name: getattr(self.settings, name) for name in sorted(names)},
         }
 
     def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
