@@ -127,6 +127,7 @@ def test_rewards_batch_by_batch(tiny_gold):
 
 
 def test_weights_in_8_bits(starling, tiny_model, tmp_path):
+    pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
