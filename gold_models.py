@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
+CPU_BATCH_TOKENS = 1024  # a CPU is busy with that many; a larger batch only pads more
 MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
 
 
@@ -130,7 +131,10 @@ class _GoldRewardModel(ABC):
         if len(batch["query"]) != len(batch["response"]):
             raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
         encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
-        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, self.settings.gold_batch_tokens):
+        most_tokens = self.settings.gold_batch_tokens
+        if self.model.device.type == "cpu":
+            most_tokens = min(most_tokens, CPU_BATCH_TOKENS)
+        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, most_tokens):
             scores = require_finite(self._score_ids([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
             yield rows, scores
 

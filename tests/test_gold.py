@@ -126,6 +126,13 @@ def test_rewards_batch_by_batch(tiny_gold):
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 
+def test_batches_are_smaller_on_a_cpu(tiny_gold, monkeypatch):
+    gold = load_gold_reward_model(str(tiny_gold), device="cpu")
+    assert len(list(gold.iter_rewards(BATCH))) == 1
+    monkeypatch.setattr("gold_models.CPU_BATCH_TOKENS", 60)
+    assert len(list(gold.iter_rewards(BATCH))) > 1
+
+
 def test_weights_in_8_bits(starling, tiny_model, tmp_path):
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
