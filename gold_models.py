@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -333,6 +334,19 @@ def _weight_names(folder: Path) -> Iterable[str]:
         return list(weights.keys())
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' warnings: that a head is missing from the base needs no alarm where an adapter brings it."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _load_model(cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False) -> PreTrainedModel:
     """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; missing weights are an error."""
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
@@ -349,7 +363,7 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["v_head", "score", "classifier"],
         )
-    with loading(name_or_path, "a reward model"):
+    with loading(name_or_path, "a reward model"), quiet_loading() if new_head else nullcontext():
         model, loaded = cls.from_pretrained(
             name_or_path,
             dtype=settings.gold_dtype or ("bfloat16" if cuda else "float32"),
