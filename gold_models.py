@@ -37,7 +37,9 @@ MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its siz
 class GoldSettings:
     """How gold models are loaded and run. Shared by every script that scores with one."""
 
-    gold_batch_tokens: int = setting(16384, "most tokens, padding included, in a gold batch; a longer row is scored alone")
+    gold_batch_tokens: int = setting(
+        16384, "most tokens, padding included, in a gold batch (on a CPU 1,024 at most); a longer row is scored alone"
+    )
     gold_dtype: str = setting("", "bfloat16 or float32 for the gold weights; empty means bfloat16 on GPUs, float32 on a CPU")
     load_in_8bit: bool = setting(False, "gold weights in 8 bits (bitsandbytes)")
     load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
@@ -281,7 +283,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name_or_path)
-            if not settings.quantized:  # merged into 8 or 4 bits, an adapter would be rounded away
+            if not settings.quantized:  # merged into 8 bits, the demo gold's scores were far off
                 model = model.merge_and_unload()
         if model.config.num_labels != 1:
             raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")

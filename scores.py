@@ -128,9 +128,7 @@ def proxy_facts(proxy: RewardSettings, template: ChatTemplate, output_max_length
 
 def read_table(path: str) -> list[dict]:
     """The rows of a CSV file, or of a JSON or JSONL list. Raises InputError where it cannot be read or has no rows."""
-    if not path.endswith(".csv"):
-        return read_rows(path, {})
-    return read_csv(path)
+    return read_csv(path) if path.endswith(".csv") else read_rows(path, {})
 
 
 def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
