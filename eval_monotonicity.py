@@ -25,27 +25,19 @@ from pathlib import Path
 import numpy as np
 from nltk.tokenize import wordpunct_tokenize
 
-from chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from designs import all_designs, design_totals, rank_correlation, read_systems
-from gold_models import DEFAULT_GOLD, GoldSettings
-from monotonicity import ScoredRun, correlations, curve, describe, gains, shown, spearman, table_text, together
-from records import (
-    InputError,
-    check_device,
-    digest,
-    match_rows,
-    provenance,
-    read_json,
-    read_rows,
-    read_text,
-    rollouts_path,
-    run_main,
-    write_json,
-)
-from report import draw, write_report
+from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
+from parts.cli import parse_settings, setting
+from parts.designs import all_designs, design_totals, rank_correlation, read_systems
+from parts.errors import InputError, run_main
+from parts.files import digest, read_json, read_text, write_json
+from parts.gold_models import DEFAULT_GOLD, GoldSettings
+from parts.models import check_device
+from parts.rank_statistics import ScoredRun, correlations, curve, describe, gains, shown, spearman, table_text, together
+from parts.report import draw, write_report
+from parts.rows import match_rows, read_rows
+from parts.runs import provenance, rollouts_path
+from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows, scores_path
 from reward_model import FULL_DESIGN, ProxyOverrides, RewardSettings, proxy_of_run, reward_batch
-from scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows, scores_path
-from settings import parse_settings, setting
 
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
@@ -169,7 +161,7 @@ def find_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkp
 
 def read_run(settings: MonotonicitySettings, prefix: str) -> Run:
     """A run with all that its proxy needs. Raises InputError as `find_checkpoints`, and for rows or a reward that cannot be used."""
-    from generation import load_tokenizer
+    from parts.models import load_tokenizer
 
     checkpoints = find_checkpoints(settings, prefix)
     trained = checkpoints[-1].record.get("settings", {})
@@ -260,7 +252,7 @@ def score_gold(settings: MonotonicitySettings, name: str, runs: Sequence[Run]) -
     """By run, the gold scores [checkpoints, rows]; and the dtype they were computed in."""
     from tqdm import tqdm
 
-    from gold_models import load_gold_reward_model
+    from parts.gold_models import load_gold_reward_model
 
     gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=settings)
     facts = gold.facts

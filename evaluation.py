@@ -3,7 +3,7 @@
     python evaluation.py --base_model_name=$MODEL_NAME --peft_model_name=outputs/full_step_500 --batch_size=16 --evaluations alpaca
     python evaluation.py --base_model_name=$MODEL_NAME --peft_model_name 'outputs/full_step_*' --evaluations alpaca superni
     accelerate launch --num_processes 4 evaluation.py ...      # rows shared out over four GPUs
-    python evaluation.py ... --engine vllm                     # in an environment made with requirements-vllm.txt
+    python evaluation.py ... --engine vllm                     # in an environment made with requirements/vllm.txt
 
 One response a row is drawn from the base model with a checkpoint's LoRA, as configs/decoding.yaml says. Output in each checkpoint's folder:
 
@@ -31,31 +31,20 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from records import (
-    REPOSITORY,
-    InputError,
-    check_device,
-    check_model_name,
-    digest,
-    file_digest,
-    match_rows,
-    provenance,
-    read_json,
-    read_rows,
-    read_text,
-    rollouts_path,
-    run_main,
-    write_json,
-)
-from settings import parse_settings, setting
-from validation import check_rows
+from parts.cli import parse_settings, setting
+from parts.data_checks import check_rows
+from parts.errors import InputError, run_main
+from parts.files import REPOSITORY, digest, file_digest, read_json, read_text, write_json
+from parts.models import check_device, check_model_name
+from parts.rows import match_rows, read_rows
+from parts.runs import provenance, rollouts_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from chat_templates import ChatTemplate
-    from generation import Decoding, HFEngine, VLLMEngine
-    from superni import Instance
+    from parts.chat_templates import ChatTemplate
+    from parts.generation import Decoding, HFEngine, VLLMEngine
+    from parts.superni import Instance
 
 EVALUATIONS = ("alpaca", "superni")
 SUPERNI_PROMPT_TOKENS = 512
@@ -140,7 +129,7 @@ def training_files(adapters: Sequence[Path]) -> list[str]:
 
 def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
     """The decoding settings of an evaluation: the file's, and what the command line overrides."""
-    from generation import Decoding
+    from parts.generation import Decoding
 
     try:
         table = yaml.safe_load(read_text(settings.decoding))
@@ -303,7 +292,7 @@ def describe_comparison(found: dict) -> str:
 
 def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The prompt's tokens, `SUPERNI_PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
-    from chat_templates import encode_prompts
+    from parts.chat_templates import encode_prompts
 
     (tokens,) = encode_prompts(tokenizer, [template.render(instance.instruction)])
     text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
@@ -367,14 +356,15 @@ def main() -> None:
             proxy.check_reward()
             read_rows(settings.data_path, proxy.dataset_fields)
     if "superni" in settings.evaluations:
-        from superni import read_instances
+        from parts.superni import read_instances
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
     check_model_name(settings.base_model_name)
     check_device(settings.device)
 
-    from chat_templates import encode_prompts, load_template
-    from generation import HFEngine, VLLMEngine, load_tokenizer
+    from parts.chat_templates import encode_prompts, load_template
+    from parts.generation import HFEngine, VLLMEngine
+    from parts.models import load_tokenizer
 
     tokenizer = load_tokenizer(trained[adapters[0]].get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
     names = {path: settings.chat_template_name or trained[path].get("chat_template_name", "alpaca") for path in adapters}
@@ -457,7 +447,7 @@ def main() -> None:
                 record["baseline"] = compare_with_baseline(rows, baseline, data, trained[adapter], template, settings.device)
                 print(describe_comparison(record["baseline"]))
         else:
-            from superni import score, summarise
+            from parts.superni import score, summarise
 
             scores = [score(instance, text.strip()) for instance, text in zip(instances, texts)]
             rows = [

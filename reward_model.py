@@ -17,7 +17,6 @@ Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model A
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import json
@@ -32,25 +31,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from nltk.tokenize import wordpunct_tokenize
 
-from chat_templates import ChatTemplate, load_template
-from records import (
-    QTYPES,
-    InputError,
-    check_device,
-    check_model_name,
-    file_digest,
-    match_rows,
-    provenance,
-    read_rows,
-    require_finite,
-    run_main,
-    write_json,
-)
-from settings import parse_settings, setting
+from parts.chat_templates import ChatTemplate, load_template
+from parts.cli import parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import file_digest, write_json
+from parts.models import check_device, check_model_name
+from parts.overlap import bleu, rouge_l
+from parts.rows import QTYPES, match_rows, read_rows, require_finite
+from parts.runs import provenance
 
 if TYPE_CHECKING:
     import torch
-    from rouge_score.rouge_scorer import RougeScorer
 
 OPENENDED, CONSTRAINED = QTYPES
 DEFAULT_RELEVANCE = "facebook/contriever"
@@ -98,25 +89,6 @@ def reference_relevance(references: torch.Tensor, responses: torch.Tensor) -> li
 def rescale(value: float, max_sequence_length: int) -> float:
     """F(r) = r / 3.5 * max_sequence_length / 100: maps [0, 3.5] onto [0, 5.12] for 512 tokens; linear, not clipped. (Kim and Seo 2024)"""
     return value / 3.5 * (max_sequence_length / 100)
-
-
-def rouge_l(reference: str, response: str) -> float:
-    """F1 of the longest common subsequence of words, stemmed. Range [0, 1]; 0 where either has no ASCII word. (Lin 2004, rouge-score)"""
-    return _rouge_scorer().score(reference, response)["rougeL"].fmeasure
-
-
-def bleu(reference: str, response: str) -> float:
-    """BLEU of one sentence: up to 4-grams, 13a tokens, exponential smoothing. Range [0, 1]. (Papineni et al. 2002, sacrebleu)"""
-    from sacrebleu import sentence_bleu
-
-    return min(sentence_bleu(response, [reference]).score / 100, 1.0)  # a perfect match comes out as 100.00000000000004
-
-
-@functools.cache
-def _rouge_scorer() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 MATCHES = {"rouge_l": rouge_l, "bleu": bleu}  # features of (reference, response)
@@ -210,7 +182,7 @@ class ReversedEngineeredRewardForInference:
         self.do_strip = do_strip
         self.relevance_model = None
         if relevance_scaling:
-            from relevance import RelevanceModel
+            from parts.relevance import RelevanceModel
 
             self.relevance_model = RelevanceModel(relevance_model_name, device, batch_size, cache_dir, embedding_cache)
 
@@ -417,7 +389,7 @@ class LearnedReward:
     required_columns = ["query", "response"]
 
     def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
-        from gold_models import load_gold_reward_model
+        from parts.gold_models import load_gold_reward_model
 
         self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
 

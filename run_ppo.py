@@ -13,7 +13,7 @@ On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published 
         --learning_rate=1e-5 --lora_r=8 --lora_alpha=16 --lora_dropout=0.05 --reward_model_batch_size 8 \\
         --length_incentive=true --repetition_penalty=true --relevance_scaling=true --reward_branching=true
 
-The algorithm is TRL 0.9.6's `PPOTrainer`, made faster in `ppo_trainer.py`. Checkpoints (`checkpoints.py` says what is in one) go to
+The algorithm is TRL 0.9.6's `PPOTrainer`, made faster in `parts/ppo_trainer.py`. Checkpoints (`parts/ppo_state.py` says what is in one) go to
 <output_dir>_step_<k>, the start included as step 0; metrics to <logging_dir>/metrics.jsonl and to the tracker.
 """
 
@@ -31,21 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import (
-    QTYPES,
-    InputError,
-    atomic_path,
-    check_model_name,
-    file_digest,
-    loading,
-    provenance,
-    read_json,
-    run_main,
-    write_json,
-)
+from parts.cli import parse_settings, setting
+from parts.data_checks import check_rows, too_long
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, file_digest, read_json, write_json
+from parts.models import check_model_name, loading
+from parts.rows import QTYPES
+from parts.runs import provenance
 from reward_model import RewardSettings, reward_batch
-from settings import parse_settings, setting
-from validation import check_rows, too_long
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,9 +46,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
-    from chat_templates import ChatTemplate
-    from generation import Decoding
-    from ppo_trainer import FastPPOTrainer
+    from parts.chat_templates import ChatTemplate
+    from parts.generation import Decoding
+    from parts.ppo_trainer import FastPPOTrainer
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -169,7 +162,7 @@ def read_prompts(
     Raises:
         InputError: an unusable row, or a prompt that is too long.
     """
-    from chat_templates import encode_prompts
+    from parts.chat_templates import encode_prompts
 
     rows = check_rows(path, {"input": None, **settings.dataset_fields}, against)
     prompts = []
@@ -349,7 +342,7 @@ def load_policy(settings: PPOSettings, accelerator: Accelerator) -> AutoModelFor
     from transformers import AutoModelForCausalLM
     from trl import AutoModelForCausalLMWithValueHead
 
-    from cpu_linear import use_onednn
+    from parts.cpu_speed import use_onednn
 
     set_seed(settings.seed)  # the same new weights on every rank
     # LoRA and the value head stay in fp32 on bf16 weights; DeepSpeed keeps fp32 masters of its own.
@@ -388,7 +381,7 @@ def evaluate(trainer: FastPPOTrainer, reward, prompts: list[Prompt], settings: P
     """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and the scores' `moments`."""
     from accelerate.utils import gather_object
 
-    from generation import generate_responses
+    from parts.generation import generate_responses
 
     accelerator, tokenizer = trainer.accelerator, trainer.tokenizer
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
@@ -482,7 +475,7 @@ def require_finite_step(stats: dict[str, float], step: int) -> None:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
-    import checkpoints
+    from parts import ppo_state as checkpoints
 
     resumed = checkpoints.find_resumable(settings.output_dir, settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
     done = 0
@@ -497,8 +490,9 @@ def main() -> None:
         raise InputError(f"{in_the_way[0]}: exists already (--overwrite=true removes {later})")
 
     # 1. Everything a user can get wrong, before any model loads.
-    from chat_templates import load_template
-    from generation import Decoding, load_tokenizer
+    from parts.chat_templates import load_template
+    from parts.generation import Decoding
+    from parts.models import load_tokenizer
 
     for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
         check_model_name(name)
@@ -513,7 +507,7 @@ def main() -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from ppo_trainer import FastPPOTrainer
+    from parts.ppo_trainer import FastPPOTrainer
 
     accelerator = start_processes(settings)
     policy = load_policy(settings, accelerator)

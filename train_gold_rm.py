@@ -9,7 +9,7 @@ model trained on it as it is learns little else: training pairs are therefore ba
 Pairs of one prompt are ranked together, so that an answer they share is read once and orders the answers that it was not compared
 with; every ranking brings damaged texts: other prompts' answers, and a preferred answer repeating itself or cut short.
 
-The result is a PEFT adapter folder that `gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
+The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
 the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
 """
 
@@ -27,8 +27,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records import InputError, adapter_base, atomic_path, check_model_name, loading, provenance, read_json, read_rows, run_main, write_json
-from settings import parse_settings, setting
+from parts.cli import parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, read_json, write_json
+from parts.models import adapter_base, check_model_name, loading
+from parts.rows import read_rows
+from parts.runs import provenance
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +215,7 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
     """Accuracies of the saved adapter, on whole texts, scored through the same class that the gold stage uses."""
     from tqdm import tqdm
 
-    from gold_models import SequenceClassificationRMForInference
+    from parts.gold_models import SequenceClassificationRMForInference
 
     gold = SequenceClassificationRMForInference(settings.output_dir)
     texts = list(dict.fromkeys((pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
@@ -231,7 +235,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-    from gold_models import batches_by_length, encode_conversation
+    from parts.gold_models import batches_by_length, encode_conversation
 
     set_seed(settings.seed)
     rng = random.Random(settings.seed)
@@ -325,7 +329,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
 
 CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
 
-Trained by `train_gold_rm.py` with the Bradley-Terry loss; `gold_models.load_gold_reward_model` reads this folder.
+Trained by `train_gold_rm.py` with the Bradley-Terry loss; `parts.gold_models.load_gold_reward_model` reads this folder.
 Settings, seed, commit and package versions, also of what it goes on from: `training_record.json`.
 
 **Data and licence.** {note}

@@ -21,9 +21,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from chat_templates import encode_prompts, load_template
-from generation import Decoding, HFEngine, load_tokenizer
-from records import REPOSITORY
+from parts.chat_templates import encode_prompts, load_template
+from parts.files import REPOSITORY
+from parts.generation import Decoding, HFEngine
+from parts.models import load_tokenizer
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
 

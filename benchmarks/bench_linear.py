@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cpu_linear import OneDNNLinear, onednn_is_faster
+from parts.cpu_speed import OneDNNLinear, onednn_is_faster
 
 
 def seconds(layer: torch.nn.Module, x: torch.Tensor) -> float:

@@ -24,10 +24,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cpu_linear import OneDNNLinear
 from eval_monotonicity import MonotonicitySettings, find_checkpoints, read_run, score_gold, score_proxies
-from gold_models import encode_conversation
-from records import REPOSITORY, adapter_base, read_rows, rollouts_path
+from parts.cpu_speed import OneDNNLinear
+from parts.files import REPOSITORY
+from parts.gold_models import encode_conversation
+from parts.models import adapter_base
+from parts.rows import read_rows
+from parts.runs import rollouts_path
 from reward_model import FULL_DESIGN, RewardSettings, reward_batch
 
 GOLD = str(REPOSITORY / "assets" / "demo_gold_rm")

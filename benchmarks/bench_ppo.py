@@ -28,11 +28,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-from chat_templates import encode_prompts, load_template
-from cpu_linear import onednn_is_faster, use_onednn
-from generation import load_tokenizer
-from ppo_trainer import FastPPOTrainer
-from records import REPOSITORY
+from parts.chat_templates import encode_prompts, load_template
+from parts.cpu_speed import onednn_is_faster, use_onednn
+from parts.files import REPOSITORY
+from parts.models import load_tokenizer
+from parts.ppo_trainer import FastPPOTrainer
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
 BATCH, NEW_TOKENS = 16, 64

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from records import REPOSITORY, match_rows, read_rows
-from relevance import EmbeddingStore
+from parts.files import REPOSITORY
+from parts.relevance import EmbeddingStore
+from parts.rows import match_rows, read_rows
 from reward_model import ReversedEngineeredRewardForInference, reward_batch
 
 FIELDS = {"instruction": None, "output": None}

@@ -32,20 +32,11 @@ from urllib.parse import urlsplit
 # The modules lie one folder up, which Python does not search for a script in data/.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from records import (
-    QTYPES,
-    InputError,
-    atomic_path,
-    file_digest,
-    provenance,
-    read_csv,
-    read_json,
-    read_rows,
-    read_text,
-    run_main,
-    write_json,
-)
-from settings import parse_settings, setting
+from parts.cli import parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, file_digest, read_csv, read_json, read_text, write_json
+from parts.rows import QTYPES, read_rows
+from parts.runs import provenance
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
 NON_COMMERCIAL = "CC BY-NC 4.0 (research only), https://creativecommons.org/licenses/by-nc/4.0/"

@@ -17,9 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from records import InputError, check_model_name, provenance, run_main, write_json
-from settings import parse_settings, setting
-from validation import Tokens, examine, index_prompts
+from parts.cli import parse_settings, setting
+from parts.data_checks import Tokens, examine, index_prompts
+from parts.errors import InputError, run_main
+from parts.files import write_json
+from parts.models import check_model_name
+from parts.runs import provenance
 
 
 @dataclass
@@ -47,8 +50,8 @@ def load_tokens(settings: ValidationSettings) -> Tokens | None:
     if not settings.tokenizer:
         return None
     check_model_name(settings.tokenizer)
-    from chat_templates import load_template
-    from generation import load_tokenizer
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.tokenizer)
     return Tokens(tokenizer, load_template(settings.chat_template_name, tokenizer), settings.max_prompt_length)

@@ -8,7 +8,7 @@ name: `qtype`, `reference` (a row's `output`), and whatever else your rows carry
 with "total" among them: then each is logged by its name.
 """
 
-from chat_templates import load_template
+from parts.chat_templates import load_template
 from reward_model import ReversedEngineeredRewardForInference
 
 HEDGES = ("i think", "perhaps", "maybe", "it depends", "as an ai")

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_script
-
 from annotate_data import (
     AnnotationSettings,
     Answers,
@@ -36,8 +34,18 @@ from annotate_data import (
     questions_of,
     read_prompts,
 )
-from qtype_classifier import PROBE, QtypeClassifier, cross_validate, instruction_proper, label_logprobs, label_prompt, require_both_labels
-from records import InputError
+from conftest import REPOSITORY, run_script
+
+from parts.errors import InputError
+from parts.qtype_classifier import (
+    PROBE,
+    QtypeClassifier,
+    cross_validate,
+    instruction_proper,
+    label_logprobs,
+    label_prompt,
+    require_both_labels,
+)
 
 KEY = "sk-tests-4711"
 ENCODER = "models/all-MiniLM-L6-v2"
@@ -134,7 +142,7 @@ def written(path: Path, rows: list[dict]) -> Path:
 
 
 def api_words(data: Path, output: Path, *more: object) -> list[object]:
-    return ["annotate_data.py", data, "--annotator", "openai", "--model", "m", "--output", output, *more]
+    return ["data/annotate_data.py", data, "--annotator", "openai", "--model", "m", "--output", output, *more]
 
 
 @pytest.fixture
@@ -378,13 +386,13 @@ def test_a_local_model_labels_and_answers(tiny_model, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from chat_templates import encode_prompts, load_template
-    from generation import load_tokenizer
+    from parts.chat_templates import encode_prompts, load_template
+    from parts.models import load_tokenizer
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     data = written(tmp_path / "in.json", ROWS)
-    words = ["annotate_data.py", data, "--annotator", "local", "--model", folder, "--output", tmp_path / "out.json"]
+    words = ["data/annotate_data.py", data, "--annotator", "local", "--model", folder, "--output", tmp_path / "out.json"]
     words += ["--add_references=true", "--max_new_tokens=6", "--batch_size=2"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}), encoding="utf-8")
@@ -486,7 +494,7 @@ def test_a_classifier_is_trained_and_used_again(tmp_path, run_here):
     train = written(tmp_path / "labelled.json", labelled)
     rows = [{"instruction": "Compute the sum of 3 and 4."}, {"instruction": "Invent a story about it.", "qtype": "CONSTRAINED", "x": 1}]
     data = written(tmp_path / "in.json", rows)
-    words = ["annotate_data.py", data, "--annotator", "classifier", "--model", tmp_path / "kept", "--encoder", ENCODER]
+    words = ["data/annotate_data.py", data, "--annotator", "classifier", "--model", tmp_path / "kept", "--encoder", ENCODER]
     run = run_script(*words, "--output", tmp_path / "first.json", "--train_from", train)
     assert run.returncode == 0, run.stderr
     assert "five-fold accuracy 1.0000, standard error 0.0000 (20 rows, the commoner label 0.5000" in run.stdout
@@ -506,8 +514,8 @@ def test_the_material_is_no_part_of_the_instruction():
 @pytest.mark.skipif("RER_REAL_DATA" not in os.environ, reason="RER_REAL_DATA is not set")
 def test_accuracy_on_real_prompts():
     """600 of AlpacaFarm's validation prompts by cross-validation; the whole file gives more."""
-    from qtype_classifier import embed
-    from relevance import RelevanceModel
+    from parts.qtype_classifier import embed
+    from parts.relevance import RelevanceModel
 
     rows, texts = read_prompts(f"{os.environ['RER_REAL_DATA']}/data/alpacafarm_val.json")
     constrained = np.array([row["qtype"] == "CONSTRAINED" for row in rows])[:600]
@@ -531,7 +539,7 @@ def test_agreement_and_kappa_by_hand(tmp_path):
     first = labelled_file(tmp_path / "a.json", "CCCCCOOOOOC")
     second = labelled_file(tmp_path / "b.json", "CCCCOCOOOO.", "instruction")
     third = labelled_file(tmp_path / "c.json", "OOOOOOOOOOO")
-    run = run_script("annotate_data.py", "--compare", first, second, third)
+    run = run_script("data/annotate_data.py", "--compare", first, second, third)
     assert run.returncode == 0, run.stderr
     # a and b agree on 8 of 10 rows, both half CONSTRAINED: kappa = (0.8 - 0.5) / (1 - 0.5)
     assert run.stdout.splitlines() == [

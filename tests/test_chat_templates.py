@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chat_templates import encode_prompts, load_template, template_names
-from records import InputError
+from parts.chat_templates import encode_prompts, load_template, template_names
+from parts.errors import InputError
 
 RENDERED = {
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -81,7 +81,7 @@ def test_unknown_names_are_one_line():
 
 def test_a_template_file_without_stop_strings_is_named(tmp_path, monkeypatch):
     (tmp_path / "mine.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}", encoding="utf-8")
-    monkeypatch.setattr("chat_templates.FOLDER", tmp_path)
+    monkeypatch.setattr("parts.chat_templates.FOLDER", tmp_path)
     with pytest.raises(InputError, match="mine.jinja: expected `set stop_strings"):
         load_template("mine")
 
@@ -97,6 +97,6 @@ def test_a_template_file_without_stop_strings_is_named(tmp_path, monkeypatch):
 )
 def test_a_template_that_cannot_render_is_named(tmp_path, monkeypatch, source, message):
     (tmp_path / "mine.jinja").write_text(source, encoding="utf-8")
-    monkeypatch.setattr("chat_templates.FOLDER", tmp_path)
+    monkeypatch.setattr("parts.chat_templates.FOLDER", tmp_path)
     with pytest.raises(InputError, match=message):
         load_template("mine")

@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 from conftest import REPOSITORY
 
-from records import QTYPES, read_rows
+from parts.rows import QTYPES, read_rows
 
 DATA = REPOSITORY / "data"
 PAIR = {"input": None, "output": None, "qtype": QTYPES}

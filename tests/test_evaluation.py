@@ -19,8 +19,9 @@ from conftest import REPOSITORY, ROWS, run_script
 from test_processes import launcher
 
 from evaluation import EvaluationSettings, find_adapters, read_decoding, superni_prompt
-from records import InputError, read_json
-from superni import Instance, normalise, read_instances, score, summarise
+from parts.errors import InputError
+from parts.files import read_json
+from parts.superni import Instance, normalise, read_instances, score, summarise
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +203,8 @@ def test_superni_command(tiny_model, checkpoints, superni_folder):
 
 
 def test_superni_prompts_are_cut_at_the_end_of_the_input(tiny_model):
-    from chat_templates import load_template
-    from generation import load_tokenizer
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model))
     template = load_template("tokenizer", tokenizer)

@@ -10,7 +10,9 @@ from conftest import ROWS, run_script
 from safetensors.torch import load_file
 
 from eval_monotonicity import MonotonicitySettings
-from gold_models import (
+from parts.errors import InputError
+from parts.files import read_json
+from parts.gold_models import (
     GoldSettings,
     SequenceClassificationRMForInference,
     StarlingRMForInference,
@@ -19,7 +21,6 @@ from gold_models import (
     load_gold_reward_model,
     weights_digest,
 )
-from records import InputError, read_json
 from train_gold_rm import (
     CUT,
     DAMAGES,
@@ -129,7 +130,7 @@ def test_rewards_batch_by_batch(tiny_gold):
 def test_batches_are_smaller_on_a_cpu(tiny_gold, monkeypatch):
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
     assert len(list(gold.iter_rewards(BATCH))) == 1
-    monkeypatch.setattr("gold_models.CPU_BATCH_TOKENS", 60)
+    monkeypatch.setattr("parts.gold_models.CPU_BATCH_TOKENS", 60)
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 
@@ -207,7 +208,7 @@ def test_a_model_without_a_reward_head_is_refused(tiny_model):
 
 def test_an_adapter_without_its_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/none"}), encoding="utf-8")
-    with pytest.raises(InputError, match="models/none: no such folder, .*embedded_models.py"):
+    with pytest.raises(InputError, match="models/none: no such folder, .*parts.bundled_models"):
         load_gold_reward_model(str(tmp_path), device="cpu")
 
 

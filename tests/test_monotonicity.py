@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import ROWS, run_script
 
-from chat_templates import load_template
 from eval_monotonicity import (
     MonotonicitySettings,
     find_checkpoints,
@@ -18,10 +17,12 @@ from eval_monotonicity import (
     short_names,
     warn_of_changed_code,
 )
-from monotonicity import ScoredRun, curve, gains, table_text
-from records import InputError, read_json
+from parts.chat_templates import load_template
+from parts.errors import InputError
+from parts.files import read_json
+from parts.rank_statistics import ScoredRun, curve, gains, table_text
+from parts.scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
 from reward_model import ReversedEngineeredRewardForInference, proxy_of_run
-from scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
 
 
 def make_run(folder, steps, instructions=("a", "b"), name="run"):
@@ -257,7 +258,7 @@ def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
     for folder in ("one_monotonicity", "one+two_monotonicity"):
         assert (tmp_path / folder / "report.html").is_file()
 
-    from gold_models import load_gold_reward_model
+    from parts.gold_models import load_gold_reward_model
 
     rows = read_rows_of(tmp_path / "two_step_2" / "alpaca-eval-two_step_2.json")
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")

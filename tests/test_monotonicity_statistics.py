@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from monotonicity import agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
+from parts.rank_statistics import agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
 
 
 def test_correlations():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, ROWS, run_script
 
-from records import read_json, run_main
+from parts.errors import run_main
+from parts.files import read_json
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
@@ -73,8 +74,8 @@ def test_logged_rewards_are_the_formula(trained):
 
     rows = json.loads((trained / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
     assert [row["input"] for row in rows] == [row["input"] for row in ROWS]
-    from chat_templates import load_template
-    from generation import load_tokenizer
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
 
     template = load_template("tokenizer", load_tokenizer(read_json(trained / "tiny_step_3" / "training_record.json")["model"]))
     totals = ReversedEngineeredRewardForInference(template, repetition_penalty=True).get_reward(
@@ -162,7 +163,7 @@ def test_other_rewards_and_switches(tiny_model, tiny_gold, rows_file, tmp_path):
     assert [row["objective/kl_coef"] for row in log] == [0.1, 0.1, 0.1]
     assert [row["ppo/learning_rate"] for row in log] == pytest.approx([0.0, 5e-4, 1e-3])  # warm-up over 2 of 3 steps
 
-    from gold_models import load_gold_reward_model
+    from parts.gold_models import load_gold_reward_model
 
     rows = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
     batch = {"query": [row["input"] for row in rows], "response": [row["response"] for row in rows]}

@@ -10,8 +10,8 @@ import torch
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import logprobs_from_logits
 
-from generation import load_tokenizer
-from ppo_trainer import FastPPOTrainer, _TokenLogProbs
+from parts.models import load_tokenizer
+from parts.ppo_trainer import FastPPOTrainer, _TokenLogProbs
 
 BATCH = 8
 ARRAYS = ("objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
@@ -129,7 +129,7 @@ def test_same_numbers_without_peft(tiny_model):
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_log_probabilities_and_their_gradient(monkeypatch, soft_cap):
     """Against autograd through full logits, with chunks of three tokens."""
-    monkeypatch.setattr("ppo_trainer.LOGITS_PER_CHUNK", 3 * 50)
+    monkeypatch.setattr("parts.ppo_trainer.LOGITS_PER_CHUNK", 3 * 50)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
     hidden, labels = torch.randn(10, 8, requires_grad=True), torch.randint(50, (10,))
@@ -199,7 +199,7 @@ def test_the_end_of_a_data_loader_does_not_cut_accumulation_short(tiny_model):
 def test_a_trained_output_head_is_refused(tiny_model):
     from peft import LoraConfig
 
-    from records import InputError
+    from parts.errors import InputError
 
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(
         str(tiny_model), peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])

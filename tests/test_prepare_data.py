@@ -13,14 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import prepare_data
 import pytest
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "data"))
-
-import prepare_data
-
-from records import InputError, read_json, read_rows
+from parts.errors import InputError
+from parts.files import read_json
+from parts.rows import read_rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FARM, FARM_COMMIT = "tatsu-lab/alpaca_farm", "e576524ca841af3c36fd6912e68e5920430928c1"
@@ -443,7 +442,7 @@ def benchmark(tmp_path, monkeypatch):
 
 
 def test_superni(tmp_path, monkeypatch, capsys, benchmark):
-    from superni import read_instances
+    from parts.superni import read_instances
 
     folder, commit = benchmark
     words = ("superni", "--url", folder, "--revision", commit, "--data_dir", tmp_path / "data")

@@ -14,7 +14,7 @@ from conftest import ROWS, run_script
 from safetensors.torch import load_file
 from test_pipeline import metrics, ppo_words
 
-from records import read_json
+from parts.files import read_json
 
 REWARD = '''
 import json, os, pathlib

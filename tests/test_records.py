@@ -8,7 +8,10 @@ import subprocess
 
 import pytest
 
-from records import QTYPES, InputError, atomic_path, provenance, read_json, read_rows, require_finite, write_json
+from parts.errors import InputError
+from parts.files import atomic_path, read_json, write_json
+from parts.rows import QTYPES, read_rows, require_finite
+from parts.runs import provenance
 
 FIELDS = {"input": None, "qtype": QTYPES}
 GOOD = [{"input": "a", "qtype": "OPENENDED"}, {"input": "b", "qtype": "CONSTRAINED"}]
@@ -111,7 +114,7 @@ def test_provenance_names_commit_and_versions(monkeypatch, tmp_path):
     record = provenance(seed=7)
     assert record["seed"] == 7
     assert record["packages"]["trl"] == "0.9.6"
-    monkeypatch.setattr("records.REPOSITORY", tmp_path)
+    monkeypatch.setattr("parts.runs.REPOSITORY", tmp_path)
     assert provenance()["commit"] == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "init", "-q"], check=True)

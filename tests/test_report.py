@@ -13,8 +13,8 @@ import pytest
 from lxml import html
 from PIL import Image
 
-from monotonicity import ScoredRun
-from report import draw, embedded_json, write_report
+from parts.rank_statistics import ScoredRun
+from parts.report import draw, embedded_json, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, ROWS, run_script
 from safetensors.torch import load_file
 from test_pipeline import metrics, ppo_words
 
-from records import read_json
+from parts.files import read_json
 
 MINILM = REPOSITORY / "models" / "all-MiniLM-L6-v2"
 

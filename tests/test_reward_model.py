@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, ROWS, run_script
 
-from chat_templates import load_template
-from records import InputError
-from relevance import EmbeddingStore, RelevanceModel
+from parts.chat_templates import load_template
+from parts.errors import InputError
+from parts.relevance import EmbeddingStore, RelevanceModel
 from reward_model import (
     FunctionReward,
     ReversedEngineeredRewardForInference,

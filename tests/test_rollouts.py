@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from chat_templates import ChatTemplate, encode_prompts, load_template
-from generation import Decoding, generate_responses, load_tokenizer, ready_to_sample, row_draws, sample
+from parts.chat_templates import ChatTemplate, encode_prompts, load_template
+from parts.generation import Decoding, generate_responses, ready_to_sample, row_draws, sample
+from parts.models import load_tokenizer
 from run_ppo import Prompt, batches, cut_at_stop_string, require_finite_step
 
 PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
@@ -156,9 +157,9 @@ def test_lora_is_merged_for_sampling_and_comes_out_untouched(tiny_model):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
 def test_linear_layers_through_onednn(monkeypatch):
     """The same product, gradient and packed product as PyTorch's, whatever CPU this is."""
-    from cpu_linear import OneDNNLinear, use_onednn
+    from parts.cpu_speed import OneDNNLinear, use_onednn
 
-    monkeypatch.setattr("cpu_linear.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("parts.cpu_speed.onednn_is_faster", lambda: True)
     torch.manual_seed(0)
     plain = torch.nn.Linear(24, 40).requires_grad_(False)
     ours = torch.nn.Linear(24, 40).requires_grad_(False)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import pytest
 from conftest import REPOSITORY
 
-from records import InputError
-from settings import parse_settings, setting
+from parts.cli import parse_settings, setting
+from parts.errors import InputError
 
 SCRIPTS = {
     "run_ppo": "PPOSettings",
     "evaluation": "EvaluationSettings",
     "eval_monotonicity": "MonotonicitySettings",
     "train_gold_rm": "GoldTrainingSettings",
-    "embedded_models": "EmbeddedModelSettings",
+    "parts.bundled_models": "BundledModelSettings",
     "reward_model": "ScoreSettings",
 }
 
@@ -67,17 +67,17 @@ def attributes_of(tree: ast.AST, variable: str) -> set[str]:
 @pytest.mark.parametrize(("script", "cls"), SCRIPTS.items())
 def test_every_declared_setting_is_read_and_explained(script, cls):
     fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
-    read = attributes_of(ast.parse((REPOSITORY / f"{script}.py").read_text(encoding="utf-8")), "settings")
+    read = attributes_of(ast.parse((REPOSITORY / f"{script.replace('.', '/')}.py").read_text(encoding="utf-8")), "settings")
     shared = ast.parse((REPOSITORY / "reward_model.py").read_text(encoding="utf-8"))  # `RewardSettings` reads its own fields
     (load,) = (node for node in ast.walk(shared) if isinstance(node, ast.FunctionDef) and node.name == "load_reward")
     read |= attributes_of(load, "self") if "load_reward" in read else set()
     if script == "run_ppo":  # which hands its settings on
-        read |= attributes_of(ast.parse((REPOSITORY / "checkpoints.py").read_text(encoding="utf-8")), "settings")
+        read |= attributes_of(ast.parse((REPOSITORY / "parts" / "ppo_state.py").read_text(encoding="utf-8")), "settings")
     if script == "eval_monotonicity":  # the proxy's are read by name (`overrides`), gold's by the models
         from reward_model import ProxyOverrides
 
         read |= {field.name for field in dataclasses.fields(ProxyOverrides)} if "overrides" in read else set()
-        gold = ast.walk(ast.parse((REPOSITORY / "gold_models.py").read_text(encoding="utf-8")))
+        gold = ast.walk(ast.parse((REPOSITORY / "parts" / "gold_models.py").read_text(encoding="utf-8")))
         read |= {node.attr for node in gold if isinstance(node, ast.Attribute)}
     unread = {field.name for field in fields} - read
     assert unread == set()

@@ -11,12 +11,13 @@ from collections import Counter
 import pytest
 from conftest import REPOSITORY, ROWS, run_script
 
-import rows as reading
-from chat_templates import load_template
 from evaluation import training_files
-from records import QTYPES, InputError, file_digest, write_json
-from rows import Problem, iterate_rows
-from validation import PromptIndex, Tokens, check_rows, examine, index_prompts, quantiles, too_long
+from parts import rows as reading
+from parts.chat_templates import load_template
+from parts.data_checks import PromptIndex, Tokens, check_rows, examine, index_prompts, quantiles, too_long
+from parts.errors import InputError
+from parts.files import file_digest, write_json
+from parts.rows import QTYPES, Problem, iterate_rows
 
 SCRIPT = REPOSITORY / "data" / "validate.py"
 
@@ -351,7 +352,7 @@ def test_a_file_is_never_in_memory(tmp_path, name):
     assert path.stat().st_size > 59e6
     program = (
         "import resource, sys\n"
-        "from validation import examine\n"
+        "from parts.data_checks import examine\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
         "report = examine(sys.argv[1], show=1)\n"

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from records import QTYPES, InputError, read_rows
-from rows import Problem, iterate_rows, lone_surrogate, row_problems
+from parts.errors import InputError
+from parts.rows import QTYPES, Problem, iterate_rows, lone_surrogate, read_rows, row_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from chat_templates import ChatTemplate
+    from parts.chat_templates import ChatTemplate
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
 _BIG = 2**24  # bytes from which reading shows its progress
@@ -146,7 +146,7 @@ class Tokens:
     max_prompt_length: int
 
     def of_prompt(self, text: str) -> int:
-        from chat_templates import encode_prompts
+        from parts.chat_templates import encode_prompts
 
         return len(encode_prompts(self.tokenizer, [self.template.render(text)])[0])
 

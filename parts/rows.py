@@ -6,12 +6,16 @@ import codecs
 import gzip
 import itertools
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from parts.errors import InputError
+
+QTYPES = ("OPENENDED", "CONSTRAINED")
 _CHUNK = 2**20  # bytes read at a time
 _ROW_LIMIT = 2**24  # characters; a file with a longer row has lost its row ends
 _MARGIN = 16  # characters: what is read or fails so close to a chunk's end may look otherwise with the next (1e-5, \u00e9, -Infinity)
@@ -226,3 +230,70 @@ class _Window:
     def _line_and_column(self, position: int) -> tuple[int, int]:
         lines = self.text.count("\n", 0, position)
         return self.line + lines, position - self.text.rfind("\n", 0, position) if lines else self.column + position
+
+
+def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> list[dict]:
+    """Read a list of objects from `.json` (one list) or `.jsonl` (one object a line), either also gzipped (`.gz`).
+
+    Args:
+        path: the file.
+        fields: the fields every row must carry as text; a sequence of strings as value lists what is allowed. A prompt is never empty.
+
+    Returns:
+        The rows, in file order, with all their fields.
+
+    Raises:
+        InputError: no such file, not UTF-8, broken JSON, no rows, or a row whose field is missing or wrong (rows count from 1). The
+            message is the first problem and the number of the others.
+    """
+    rows, problems = [], []
+    for number, row in iterate_rows(path):
+        if isinstance(row, Problem):
+            problems += [] if row.is_warning else [row]
+        else:
+            problems += row_problems(row, fields, number)
+            rows.append(row)
+    if not problems:
+        return rows
+    required = [name for name in fields if name not in ("input", "instruction")]
+    command = " ".join(["python data/validate.py", str(path), *(["--require", *required] if required else [])])
+    others = f"; {len(problems) - 1} more problem{'s' * (len(problems) > 2)}: `{command}` lists all" if len(problems) > 1 else ""
+    raise InputError(f"{path}: {problems[0]}{others}")
+
+
+def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[str, Sequence[str] | None], wanted_by: str) -> list[dict]:
+    """The rows of `path` in the order of `instructions`, which are looked up in the rows' `instruction`.
+
+    Args:
+        path: the file.
+        instructions: of the rows that are wanted; a file that holds exactly these, in this order, may hold one of them twice.
+        fields: what each row must carry besides, as in `read_rows`.
+        wanted_by: the file that the instructions come from, for the message.
+
+    Raises:
+        InputError: an unusable file, or an instruction that it does not have.
+    """
+    rows = read_rows(path, {"instruction": None, **fields})
+    if [row["instruction"] for row in rows] == list(instructions):
+        return rows
+    by_instruction = {row["instruction"]: row for row in rows}
+    for number, instruction in enumerate(instructions, start=1):
+        if instruction not in by_instruction:
+            raise InputError(f"{path}: no row for row {number} of {wanted_by}, expected the instruction {instruction[:60]!r}")
+    return [by_instruction[instruction] for instruction in instructions]
+
+
+def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:
+    """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite.
+
+    `places` (from 0) are those of the rows, where they are not 0, 1, 2 ...
+    """
+    numbers = []
+    for number, value in zip(range(1, len(values) + 1) if places is None else (place + 1 for place in places), values):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise InputError(f"{what}: row {number} has the value {value!r}, expected a finite number") from None
+        if not math.isfinite(numbers[-1]):
+            raise InputError(f"{what}: row {number} has the value {numbers[-1]}, expected a finite number")
+    return numbers

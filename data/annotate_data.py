@@ -1,9 +1,9 @@
 """Give rows their query type (`qtype`) and, where they lack one, a reference answer (`output`).
 
-    python annotate_data.py data/mine.json --annotator openai --model gpt-4o-mini --output data/mine_annotated.json
-    python annotate_data.py data/mine.json --annotator local --model HuggingFaceTB/SmolLM2-1.7B-Instruct --output ...
-    python annotate_data.py data/mine.json --annotator classifier --train_from data/train.json --model outputs/qtype_classifier --output ...
-    python annotate_data.py --compare a.json b.json c.json      # agreement and Cohen's kappa between annotated files
+    python data/annotate_data.py data/mine.json --annotator openai --model gpt-4o-mini --output data/mine_annotated.json
+    python data/annotate_data.py data/mine.json --annotator local --model HuggingFaceTB/SmolLM2-1.7B-Instruct --output ...
+    python data/annotate_data.py data/mine.json --annotator classifier --train_from data/train.json --model outputs/qtype_classifier --output ...
+    python data/annotate_data.py --compare a.json b.json c.json      # agreement and Cohen's kappa between annotated files
 
 Rows are {"input" or "instruction", "output"?, "qtype"?}; all other fields are kept, and so is their order. A row keeps a valid qtype
 (`--overwrite_labels=true` gives it a new one). `--add_references=true` fills in the outputs that are missing.
@@ -34,21 +34,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
-from records import (
-    QTYPES,
-    InputError,
-    check_device,
-    check_model_name,
-    digest,
-    file_digest,
-    loading,
-    provenance,
-    read_rows,
-    run_main,
-    write_json,
-)
-from settings import parse_settings, setting
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from parts.cli import parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import digest, file_digest, write_json
+from parts.models import check_device, check_model_name, loading
+from parts.qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
+from parts.rows import QTYPES, read_rows
+from parts.runs import provenance
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -351,8 +345,9 @@ def answer_locally(settings: AnnotationSettings, questions: Sequence[Question], 
     import torch
     from transformers import AutoConfig
 
-    from chat_templates import encode_prompts, load_template
-    from generation import Decoding, HFEngine, generate_responses, load_tokenizer
+    from parts.chat_templates import encode_prompts, load_template
+    from parts.generation import Decoding, HFEngine, generate_responses
+    from parts.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
@@ -402,7 +397,7 @@ def classify(settings: AnnotationSettings, prompts: Sequence[str]) -> tuple[list
     classifier = None if settings.train_from else QtypeClassifier.load(path)
     check_model_name(settings.encoder)
 
-    from relevance import RelevanceModel
+    from parts.relevance import RelevanceModel
 
     encoder = RelevanceModel(settings.encoder, settings.device or None, settings.batch_size, settings.cache_dir or None)
     probe = encoder.embed([PROBE]).numpy()[0]

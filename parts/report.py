@@ -18,8 +18,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from monotonicity import EXACT_UP_TO, ScoredRun, curve_band
-from records import REPOSITORY, atomic_path
+from parts.files import REPOSITORY, atomic_path
+from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve_band
 
 PROXY_STYLE = ("o-", "#0b6fb8")
 GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from monotonicity import bootstrap_interval, kendall, permutation_pvalue, spearman
-from records import InputError, read_rows
-from reward_model import ReversedEngineeredRewardForInference
+from parts.errors import InputError
+from parts.rank_statistics import bootstrap_interval, kendall, permutation_pvalue, spearman
+from parts.rows import read_rows
 
 SWITCHES = {
     "LI": "length_incentive",
@@ -47,9 +47,7 @@ def all_designs() -> dict[str, dict[str, bool]]:
     return designs
 
 
-def design_totals(
-    reward: ReversedEngineeredRewardForInference, design: Mapping[str, bool], tables: Sequence[Mapping[str, list]]
-) -> np.ndarray:
+def design_totals(reward, design: Mapping[str, bool], tables: Sequence[Mapping[str, list]]) -> np.ndarray:
     """[systems, rows] rewards under a design, from components that `score(..., every_feature=True)` of the full design gave."""
     variant = copy.copy(reward)
     for switch, value in design.items():

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cpu_linear import use_onednn
-from records import InputError, loading
+from parts.cpu_speed import use_onednn
+from parts.errors import InputError
+from parts.models import loading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

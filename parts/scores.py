@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from chat_templates import ChatTemplate
-from records import InputError, digest, provenance, read_csv, read_rows, read_text, require_finite
-from reward_model import ReversedEngineeredRewardForInference, RewardSettings
+from parts.chat_templates import ChatTemplate
+from parts.errors import InputError
+from parts.files import digest, read_csv, read_text
+from parts.rows import read_rows, require_finite
+from parts.runs import provenance
 
 ROWS_PER_SAVE = 128  # rows of a proxy's batch
 
@@ -98,7 +100,7 @@ def score_rows(
 
 
 def proxy_columns(
-    reward: ReversedEngineeredRewardForInference,
+    reward,
     store: ScoreStore,
     batch: Mapping[str, list],
     progress: Callable[[int], object],
@@ -117,7 +119,7 @@ def proxy_columns(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def proxy_facts(proxy: RewardSettings, template: ChatTemplate, output_max_length: int) -> dict:
+def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
     """All that a proxy's score depends on besides the row, for the store."""
     settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
     return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}

@@ -35,9 +35,9 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
 
-from cpu_linear import linear
-from generation import Decoding, ready_to_sample, sample
-from records import InputError
+from parts.cpu_speed import linear
+from parts.errors import InputError
+from parts.generation import Decoding, ready_to_sample, sample
 
 TOKENS_PER_PASS = 2048  # of passes without gradients, which keep no activations
 LOGITS_PER_CHUNK = 2**23  # fp32 numbers in memory at a time: 32 MiB

@@ -25,12 +25,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from records import QTYPES, InputError, read_json, write_json
+from parts.errors import InputError
+from parts.files import read_json, write_json
+from parts.rows import QTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from relevance import RelevanceModel
+    from parts.relevance import RelevanceModel
 
 FOLDS = 5
 INVERSE_REGULARISATION = 2.0  # scikit-learn's C

@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from records import REPOSITORY, InputError, read_text
+from parts.errors import InputError
+from parts.files import REPOSITORY, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

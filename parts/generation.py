@@ -17,8 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cpu_linear import OneDNNLinear, use_onednn
-from records import InputError, loading, read_json
+from parts.cpu_speed import OneDNNLinear, use_onednn
+from parts.errors import InputError
+from parts.files import read_json
+from parts.models import loading
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
@@ -51,21 +53,6 @@ class Decoding:
         cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
         target = draws.to(cumulative)[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer ready for batched generation: padding on the left, with a pad token.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    with loading(name_or_path, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int) -> torch.Tensor:
@@ -311,7 +298,7 @@ class HFEngine:
 
 
 class VLLMEngine:
-    """Rollouts of adapters on one base model by vLLM (`requirements-vllm.txt`): one engine, one LoRA per checkpoint.
+    """Rollouts of adapters on one base model by vLLM (`requirements/vllm.txt`): one engine, one LoRA per checkpoint.
 
     On a GPU a sample depends on seed and row here too, though vLLM draws it otherwise than `HFEngine` does. Its CPU build has no draws by
     row: there a whole call repeats, and a resumed one need not.
@@ -325,7 +312,7 @@ class VLLMEngine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise InputError(f"--engine vllm: {error}; expected an environment made with requirements-vllm.txt") from None
+            raise InputError(f"--engine vllm: {error}; expected an environment made with requirements/vllm.txt") from None
         ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
         rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
         with loading(base, "a model for vLLM"):

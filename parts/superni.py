@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import InputError, read_json, read_text
-from reward_model import rouge_l
+from parts.errors import InputError
+from parts.files import read_json, read_text
+from parts.overlap import rouge_l
 
 # The categories whose answers are labels: the benchmark reports exact match on these.
 CLASSIFICATION = {

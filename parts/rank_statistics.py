@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from records import QTYPES
+from parts.rows import QTYPES
 
 EXACT_UP_TO = 10  # checkpoints: 10! orders are counted in a second
 RESAMPLES = 100_000

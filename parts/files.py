@@ -1,0 +1,98 @@
+"""Files in and out: text, JSON and CSV are read with one-line errors, outputs are written atomically, digests name contents."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from parts.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file (`.gz` is unpacked). Raises InputError where it is missing or not UTF-8 text."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8 text") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """An object from a JSON file. Raises InputError where the file is missing, broken, or holds something else."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file under a line of column names. Raises InputError for broken quotes, ragged rows, or none."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(reader.fieldnames)} columns")
+    if not rows:
+        raise InputError(f"{path}: no rows, expected at least one under the line of column names")
+    return rows
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def digest(content: object) -> str:
+    """A short name of anything that JSON can say: the first 16 hexadecimal digits of its SHA-256."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`; it takes target's place when the block ends well and vanishes otherwise.
+
+    Works for files and for directories; an existing target directory is replaced.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = holder / target.name
+    try:
+        yield temporary
+        if temporary.is_dir() and target.is_dir():
+            target.rename(holder / "replaced")
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write `content` as indented UTF-8 JSON, atomically. NaN and infinity raise ValueError: they are not JSON."""
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+"""Models by name: which can be loaded, where they run, and their tokenizers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from parts.errors import InputError
+from parts.files import REPOSITORY, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOCAL_PREFIXES = (
+    "models/",
+    "outputs/",
+    "assets/",
+    "/",
+    ".",
+    "~",
+)  # names that can only be folders, never on a hub  # names that can only be folders, never on a hub
+
+
+def check_model_name(name_or_path: str) -> None:
+    """Raise InputError for a model that cannot be loaded, as far as can be told without loading anything."""
+    path = Path(name_or_path)
+    if (path / "adapter_config.json").is_file():
+        adapter_base(name_or_path)
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name_or_path}: no config.json in this folder, expected a model or an adapter")
+    elif not path.is_dir() and (name_or_path.startswith(LOCAL_PREFIXES) or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path)):
+        hint = "; `python -m parts.bundled_models` unpacks the embedded models" if name_or_path.startswith("models/") else ""
+        raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
+
+
+def check_device(name: str) -> None:
+    """Raise InputError for a device that PyTorch does not know or that is not here; the empty name is the best there is."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}, expected cpu, cuda or another device of PyTorch") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    here["xpu"] = torch.xpu.device_count() if hasattr(torch, "xpu") else 0
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise InputError(f"--device is {name!r}, and PyTorch finds no such device here")
+
+
+def adapter_base(adapter: str | Path) -> str:
+    """The base model of a PEFT adapter folder; a relative folder is looked for here and beside this file.
+
+    Raises:
+        InputError: the folder does not exist in either place and the name is not one of a hub.
+    """
+    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
+    for candidate in (Path(base), REPOSITORY / base):
+        if candidate.is_dir():
+            return str(candidate)
+    check_model_name(base)
+    return base
+
+
+@contextmanager
+def loading(name_or_path: str, what: str) -> Iterator[None]:
+    """Turn "not found", "hub not reachable" and "not such a model" into one line. `what`: a policy, a tokenizer ...
+
+    Raises:
+        InputError: the block raised OSError or ValueError, with their first line.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name_or_path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
+    except RuntimeError as error:  # torch's word for weights of other shapes
+        if "size mismatch" not in str(error):
+            raise
+        raise InputError(f"{name_or_path}: cannot be loaded as {what} (its weights have other shapes)") from None
+
+
+def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer ready for batched generation: padding on the left, with a pad token.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name_or_path, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
