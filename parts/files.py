@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,3 +97,47 @@ def write_json(path: str | Path, content: object) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+class JsonLines:
+    """An append-only file of one JSON value a line. Whatever was appended survives a kill at any moment.
+
+    One rule for a line that a kill cut short: reading ignores it, and the first append cuts it off.
+
+    Args:
+        path: the file. The first append makes it, and its folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._appending = threading.Lock()  # some callers have worker threads
+        self._mended = False
+
+    def read(self) -> Iterator[object]:
+        """The values in order; none where there is no file. Raises InputError for a whole line that is not JSON."""
+        for number, line in enumerate(self._whole_lines(), start=1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise InputError(f"{self.path}: line {number} is broken JSON; delete the file to start again") from None
+
+    def append(self, *values: object) -> None:
+        """Write values, each on a line of its own, and flush. NaN and infinity raise ValueError: they are not JSON."""
+        text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+        with self._appending:
+            self._mend()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def _mend(self) -> None:
+        """Make the file, or cut off its unfinished last line, once."""
+        if not self._mended:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)
+            self._mended = True
+
+    def _whole_lines(self) -> list[str]:
+        return read_text(self.path).split("\n")[:-1] if self.path.is_file() else []

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from parts.errors import InputError
-from parts.files import atomic_path, read_json, write_json
+from parts.files import JsonLines, atomic_path, read_json, write_json
 from parts.rows import QTYPES, read_rows, require_finite
 from parts.runs import provenance
 
@@ -125,3 +125,24 @@ def test_provenance_names_commit_and_versions(monkeypatch, tmp_path):
     assert provenance()["commit"] == head
     (tmp_path / "file").write_text("2", encoding="utf-8")
     assert provenance()["commit"] == f"{head}-dirty"
+
+
+def test_json_lines_survive_a_cut_at_any_byte(tmp_path):
+    whole = JsonLines(tmp_path / "whole.jsonl")
+    assert list(whole.read()) == []
+    whole.append({"row": 1, "text": "é\n"}, [2, 0.5])
+    content = whole.path.read_bytes()
+    lines = content.split(b"\n")
+    for cut in range(len(content) + 1):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(content[:cut])
+        log = JsonLines(path)
+        kept = [{"row": 1, "text": "é\n"}, [2, 0.5]][: content[:cut].count(b"\n")]
+        assert list(log.read()) == kept
+        log.append("more")
+        assert list(JsonLines(path).read()) == [*kept, "more"]
+    (tmp_path / "whole.jsonl").write_bytes(lines[0] + b"\n{\n" + lines[1])
+    with pytest.raises(InputError, match=r"whole.jsonl: line 2 is broken JSON"):
+        list(whole.read())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        whole.append(float("nan"))
