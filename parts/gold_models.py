@@ -1,6 +1,6 @@
 """Gold reward models: what the proxy is compared with, and what PPO may train against in its place.
 
-from gold_models import load_gold_reward_model
+from parts.gold_models import load_gold_reward_model
 gold = load_gold_reward_model("Nexusflow/Starling-RM-34B")
 gold.get_reward({"query": [...], "response": [...]})    # -> list of floats
 """
