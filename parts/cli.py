@@ -1,4 +1,4 @@
-"""Command lines and YAML files into one dataclass of settings; whatever is not a declared setting is an error.
+"""Command lines and YAML files into dataclasses of settings; whatever is not a declared setting is an error.
 
 A YAML setting means what the same words mean on the command line, and the command line wins.
 """
@@ -9,15 +9,13 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from parts.errors import InputError
 from parts.files import read_text
-
-Settings = TypeVar("Settings")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -26,6 +24,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        options = {name: value for name, value in options.items() if name not in ("least", "allowed", "expected")}  # `Settings` checks these
         if names[0].startswith("--no_"):  # a second spelling of --X=false
             options["help"] = argparse.SUPPRESS
         return super().add_argument(*names, **options)
@@ -34,43 +33,101 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message} (--help lists the settings)")
 
 
-def setting(default: object, help: str, positional: bool = False) -> dataclasses.Field:
-    """A dataclass field with its default and its help text; a positional one takes the words that no `--name` precedes."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def parse_settings(cls: type[Settings], arguments: Sequence[str] | None = None, description: str | None = None) -> Settings:
-    """Parse `--name value` and `--name=value` into `cls`, with `--config FILE.yaml` supplying defaults.
+def setting(
+    default: object,
+    help: str,
+    positional: bool = False,
+    least: float | None = None,
+    choices: Sequence[str] = (),
+    expected: str = "",
+) -> dataclasses.Field:
+    """A dataclass field with its default, its help text, and what it may be.
 
     Args:
-        cls: a dataclass, each field made by `setting`.
+        positional: the field takes the words that no `--name` precedes.
+        least: the smallest number allowed.
+        choices: the texts allowed.
+        expected: the error's words for what is allowed, where those made of `least` or `choices` do not say it well.
+    """
+    expected = expected or (f"at least {least}" if least is not None else " or ".join(choices))
+    metadata = {"help": help, "least": least, "allowed": tuple(choices), "expected": expected}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of the dataclasses of settings: checks each field's `least` and `choices`.
+
+    Raises:
+        InputError: a value that its field does not allow.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name, None), field.metadata
+            if rules["least"] is not None and not value >= rules["least"]:  # NaN is not at least anything
+                raise InputError(f"--{field.name} is {value}, expected {rules['expected']}")
+            if rules["allowed"] and value not in rules["allowed"]:
+                raise InputError(f"--{field.name} is {value!r}, expected {rules['expected']}")
+
+
+def parse_settings(
+    classes: type | Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None, typed_only: type | None = None
+) -> Any:
+    """Parse `--name value` and `--name=value` into dataclasses, with `--config FILE.yaml` supplying defaults.
+
+    Args:
+        classes: a dataclass, or several with different fields, each field made by `setting`.
         arguments: the words of the command line; `sys.argv[1:]` by default.
         description: shown by `--help`.
+        typed_only: a dataclass whose fields have other defaults than its own, for instance those of a run's record.
+
+    Returns:
+        An object of the class, or a list of one for each of several. With `typed_only` a list that ends with {name: value} of those of its
+        fields that the user gave.
 
     Raises:
         InputError: an unknown setting, a value of the wrong type, or an unusable YAML file.
     """
+    single = isinstance(classes, type)
+    classes = [classes] if single else list(classes)
+    every = [*classes, _all_optional(typed_only)] if typed_only else classes
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     known, rest = config_parser.parse_known_args(arguments)
-    parser = _Parser(cls, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(every, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it")
-    for field in dataclasses.fields(cls):
+    fields = [field for cls in every for field in dataclasses.fields(cls)]
+    for field in fields:
         if not field.init:
             parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
-    values = vars(parser.parse_args(_words_of_yaml(cls, known.config) + rest))
-    settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            setattr(settings, field.name, values[field.name])
-    return settings
+    values = vars(parser.parse_args(_words_of_yaml({field.name for field in fields}, known.config) + rest))
+    parsed: list = []
+    for cls in classes:
+        settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                setattr(settings, field.name, values[field.name])
+        parsed.append(settings)
+    if typed_only:
+        names = [field.name for field in dataclasses.fields(typed_only)]
+        parsed.append({name: values[name] for name in names if values[name] is not None})
+    return parsed[0] if single and not typed_only else parsed
 
 
-def _words_of_yaml(cls: type, path: str | None) -> list[str]:
-    """The settings of a YAML file as words of a command line, so that both are read by the same rules."""
+def _all_optional(cls: type) -> type:
+    """A dataclass with the fields of `cls`, each None unless it is given."""
+    types = get_type_hints(cls)
+    return dataclasses.make_dataclass(
+        f"Optional{cls.__name__}",
+        [(field.name, types[field.name] | None, setting(None, field.metadata["help"])) for field in dataclasses.fields(cls)],
+    )
+
+
+def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
+    """The settings of a YAML file as words of a command line, so both are read by the same rules."""
     if not path:
         return []
     try:
@@ -80,7 +137,6 @@ def _words_of_yaml(cls: type, path: str | None) -> list[str]:
         raise InputError(f"{path}: broken YAML{line}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of settings")
-    names = {field.name for field in dataclasses.fields(cls)}
     words = []
     for name, value in content.items():
         if name not in names:

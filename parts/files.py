@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import hashlib
@@ -65,6 +66,25 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def code_digest(*paths: str | Path) -> str:
+    """SHA-256 of what Python files compute: of their syntax trees without docstrings, so comments and layout do not count.
+
+    Raises:
+        InputError: a file is missing or is not Python.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            tree = ast.parse(read_text(path))
+        except SyntaxError as error:
+            raise InputError(f"{path}: not Python ({error.msg} at line {error.lineno})") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        found.update(ast.dump(tree).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def digest(content: object) -> str:

@@ -12,21 +12,18 @@ from conftest import REPOSITORY, ROWS, run_script
 
 from parts.chat_templates import load_template
 from parts.errors import InputError
+from parts.overlap import bleu, rouge_l
 from parts.relevance import EmbeddingStore, RelevanceModel
+from parts.rewards import FunctionReward, load_reward_function, reward_batch
 from reward_model import (
-    FunctionReward,
     ReversedEngineeredRewardForInference,
     RewardSettings,
-    bleu,
     length_incentive,
-    load_reward_function,
     query_relevance,
     query_text,
     reference_relevance,
     repetition_penalty,
     rescale,
-    reward_batch,
-    rouge_l,
     targeted_length,
 )
 
@@ -170,7 +167,10 @@ def test_bad_batches_name_the_row(full_reward, change, message):
 
 
 def test_a_score_that_is_not_finite_names_the_row(full_reward, monkeypatch):
-    monkeypatch.setattr(full_reward, "_relevances", lambda *masks: ([1.0, float("nan"), 1.0], [1.0, 1.0, 1.0]))
+    unlike = {BATCH["response"][1]: torch.full((384,), float("nan"))}
+    monkeypatch.setattr(
+        full_reward.relevance_model, "embed", lambda texts: torch.stack([unlike.get(text, torch.ones(384)) for text in texts])
+    )
     with pytest.raises(InputError, match="proxy reward: row 2 has the value nan"):
         full_reward.score(BATCH)
 

@@ -1,0 +1,96 @@
+"""The scoring command: the mean of each of a reward's columns, per file of rollouts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from parts.chat_templates import load_template
+from parts.cli import Settings, setting
+from parts.errors import InputError
+from parts.files import write_json
+from parts.models import check_device
+from parts.rewards import column_mean, reward_batch
+from parts.rows import match_rows, read_rows
+from parts.runs import provenance
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+@dataclass
+class ScoreFileSettings(Settings):
+    files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True)
+    data_path: str = setting("", "rows of the same instructions with qtype and reference (`output`), where the reward reads them")
+    chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
+    output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+    device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
+    output: str = setting("", "file for the components of every row, as JSON")
+    json: bool = setting(False, "print the means as JSON in place of a table")
+
+
+def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
+    """Score the files and print the means; `rewards` are the settings of the reward (`reward_model.RewardSettings`).
+
+    Raises:
+        InputError: an unusable file or reward.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    # 1. Everything a user can get wrong, before any model loads.
+    rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in settings.files}
+    known = rewards.dataset_fields
+    if known and not settings.data_path:
+        raise InputError("--data_path is missing, expected the rows' qtype and reference (or --reward_branching=false)")
+    batches = {}
+    for path, rows in rollouts.items():
+        instructions = [row["instruction"] for row in rows]
+        data = match_rows(settings.data_path, instructions, known, path) if settings.data_path else [{} for _ in rows]
+        batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
+    rewards.check_reward()
+    check_device(settings.device)
+    template = load_template(settings.chat_template_name)
+
+    # 2. Scores.
+    from tqdm import tqdm
+
+    reward = rewards.load_reward(template, settings.output_max_length, settings.device or None, settings.cache_dir or None)
+    every = {"every_feature": True} if rewards.is_proxy else {}
+    tables = {path: reward.score(batch, **every) for path, batch in tqdm(batches.items(), desc="scores", unit="file", disable=None)}
+
+    # 3. Table, file.
+    means = {path: {name: column_mean(column) for name, column in table.items()} for path, table in tables.items()}
+    if settings.output:
+        record = provenance(
+            dtype="float32",
+            template=template.name,
+            model=rewards.reward_model_name or rewards.relevance_model_name,
+            reward_source=rewards.reward_source(),
+            settings={**asdict(settings), **asdict(rewards)},
+        )
+        per_row = {path: list(rows_of(batches[path], table)) for path, table in tables.items()}
+        write_json(settings.output, {"rows": per_row, "means": means, "provenance": record})
+    if settings.json:
+        print(json.dumps({path: {"rows": len(rollouts[path]), **mean} for path, mean in means.items()}, indent=1, allow_nan=False))
+    else:
+        print_table({path: len(rows) for path, rows in rollouts.items()}, means)
+
+
+def rows_of(batch: Mapping[str, list], table: Mapping[str, list]):
+    """Every row's number (from 1), instruction and components."""
+    for number, (query, *values) in enumerate(zip(batch["query"], *table.values()), start=1):
+        yield {"row": number, "instruction": query, **dict(zip(table, values))}
+
+
+def print_table(rows: Mapping[str, int], means: Mapping[str, Mapping[str, float | None]]) -> None:
+    """A line a file: its number of rows, and the mean of each column that has one anywhere."""
+    names = [name for name in next(iter(means.values())) if any(mean[name] is not None for mean in means.values())]
+    width = max(map(len, means))
+    print(f"{'file':<{width}} {'rows':>6} " + " ".join(f"{name:>{max(len(name), 8)}}" for name in names))
+    for path, mean in means.items():
+        cells = (f"{'-' if mean[name] is None else format(mean[name], '.4f'):>{max(len(name), 8)}}" for name in names)
+        print(f"{path:<{width}} {rows[path]:>6} " + " ".join(cells))
