@@ -26,7 +26,7 @@ import numpy as np
 from nltk.tokenize import wordpunct_tokenize
 
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.designs import all_designs, design_totals, rank_correlation, read_systems
 from parts.errors import InputError, run_main
 from parts.files import digest, read_json, read_text, write_json
@@ -34,16 +34,17 @@ from parts.gold_models import DEFAULT_GOLD, GoldSettings
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, correlations, curve, describe, gains, shown, spearman, table_text, together
 from parts.report import draw, write_report
+from parts.rewards import reward_batch
 from parts.rows import match_rows, read_rows
 from parts.runs import provenance, rollouts_path
 from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows, scores_path
-from reward_model import FULL_DESIGN, ProxyOverrides, RewardSettings, proxy_of_run, reward_batch
+from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
 
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
 @dataclass
-class MonotonicitySettings(GoldSettings, ProxyOverrides):
+class MonotonicitySettings(Settings):
     output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results")
     model_prefix: list[str] = setting([], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds)")
     steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
@@ -61,6 +62,7 @@ class MonotonicitySettings(GoldSettings, ProxyOverrides):
     batch_size: int = setting(8, "most rows per batch of any model")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.rollouts) == bool(self.model_prefix):
             raise InputError("--model_prefix is missing, expected the part of the checkpoints' names before _step_<k> (or else --rollouts)")
         if self.rollouts and (not self.gold_scores or self.gold_model):
@@ -69,10 +71,6 @@ class MonotonicitySettings(GoldSettings, ProxyOverrides):
             raise InputError("--all_designs is for --rollouts; a run is judged by its own design")
         if not (self.gold_model or self.gold_scores):
             self.gold_model = [DEFAULT_GOLD]
-
-    @property
-    def overrides(self) -> dict:
-        return {name: getattr(self, name) for name in ProxyOverrides.__dataclass_fields__}
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -159,13 +157,13 @@ def find_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkp
     return checkpoints
 
 
-def read_run(settings: MonotonicitySettings, prefix: str) -> Run:
+def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run:
     """A run with all that its proxy needs. Raises InputError as `find_checkpoints`, and for rows or a reward that cannot be used."""
     from parts.models import load_tokenizer
 
     checkpoints = find_checkpoints(settings, prefix)
     trained = checkpoints[-1].record.get("settings", {})
-    proxy = proxy_of_run(trained, settings.batch_size, settings.overrides)
+    proxy = proxy_of_run(trained, settings.batch_size, typed)
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
     warn_of_changed_code(checkpoints[-1], proxy)
@@ -192,7 +190,7 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
         InputError: qtypes or references are needed and their file is unknown, unusable, or lacks an instruction.
     """
     rows = checkpoints[0].rows
-    needed = proxy.reads_references or proxy.reward_function
+    needed = "output" in proxy.dataset_fields or proxy.reward_function
     path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
     if path:
         return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(rollouts_path(checkpoints[0].folder)))
@@ -248,13 +246,15 @@ def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[s
     return tables
 
 
-def score_gold(settings: MonotonicitySettings, name: str, runs: Sequence[Run]) -> tuple[dict[str, np.ndarray], str]:
+def score_gold(
+    settings: MonotonicitySettings, gold_settings: GoldSettings, name: str, runs: Sequence[Run]
+) -> tuple[dict[str, np.ndarray], str]:
     """By run, the gold scores [checkpoints, rows]; and the dtype they were computed in."""
     from tqdm import tqdm
 
     from parts.gold_models import load_gold_reward_model
 
-    gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=settings)
+    gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
     facts = gold.facts
     scores: dict[str, np.ndarray] = {}
     with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
@@ -336,23 +336,23 @@ def write_run(run: ScoredRun, folder: Path, record: dict) -> None:
     print(folder / "report.html")
 
 
-def judge_runs(settings: MonotonicitySettings) -> None:
+def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, typed: Mapping) -> None:
     """SpearmanR of one run or several, by their checkpoints' rollouts."""
     # 1. Everything a user can get wrong, before any model loads.
     for number, prefix in enumerate(settings.model_prefix):
         if prefix in settings.model_prefix[:number]:
             raise InputError(f"--model_prefix: {prefix} comes twice")
-    runs = [read_run(settings, prefix) for prefix in settings.model_prefix]
+    runs = [read_run(settings, typed, prefix) for prefix in settings.model_prefix]
     tabled = {run.name: read_gold_scores(settings.gold_scores, run.steps) if settings.gold_scores else {} for run in runs}
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
-    settings.check_gold(settings.gold_model)
+    gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
 
     # 2. Scores.
     tables = score_proxies(settings, runs)
     models, dtypes = {}, {}
     for path, name in golds.items():
-        models[name], dtypes[path] = score_gold(settings, path, runs)
+        models[name], dtypes[path] = score_gold(settings, gold_settings, path, runs)
     scored = []
     for run in runs:
         gold = {name: scores[run.name] for name, scores in models.items()}
@@ -365,7 +365,7 @@ def judge_runs(settings: MonotonicitySettings) -> None:
     def record(run: Run) -> dict:
         meta = run.checkpoints[0].meta
         return provenance(
-            settings=asdict(settings),
+            settings={**asdict(settings), **asdict(gold_settings), **typed},
             model=settings.gold_model + ([settings.gold_scores] if settings.gold_scores else []),
             dtype=dtypes,
             template=run.template.name,
@@ -403,7 +403,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(paths)
 
 
-def rank_designs(settings: MonotonicitySettings) -> None:
+def rank_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
     # 1. Everything a user can get wrong, before any model loads.
     systems = read_systems(settings.rollouts)
@@ -421,10 +421,7 @@ def rank_designs(settings: MonotonicitySettings) -> None:
     most = max(map(len, systems.values()))
     if len(instructions) < most:
         print(f"{len(instructions)} of {most} instructions are in every file, and count")
-    proxy = RewardSettings(
-        **{**FULL_DESIGN, **{name: value for name, value in settings.overrides.items() if value is not None}},
-        reward_model_batch_size=settings.batch_size,
-    )
+    proxy = proxy_of_run({}, settings.batch_size, typed)
     if settings.all_designs:
         if not proxy.is_proxy:
             raise InputError("--all_designs is for the proxy, not for --reward_function or --reward_model_name")
@@ -480,7 +477,7 @@ def rank_designs(settings: MonotonicitySettings) -> None:
         name: dict(zip(totals, map(float, column))) for name, column in zip(order, np.stack([t.mean(axis=1) for t in totals.values()], 1))
     }
     record = provenance(
-        settings=asdict(settings),
+        settings={**asdict(settings), **typed},
         model=proxy.reward_model_name or proxy.relevance_model_name,
         dtype="float32",
         template=template.name,
@@ -493,11 +490,11 @@ def rank_designs(settings: MonotonicitySettings) -> None:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings = parse_settings(MonotonicitySettings, description=__doc__)
+    settings, gold_settings, typed = parse_settings((MonotonicitySettings, GoldSettings), description=__doc__, typed_only=RewardSettings)
     if settings.rollouts:
-        rank_designs(settings)
+        rank_designs(settings, typed)
     else:
-        judge_runs(settings)
+        judge_runs(settings, gold_settings, typed)
 
 
 if __name__ == "__main__":

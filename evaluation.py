@@ -255,7 +255,8 @@ def compare_with_baseline(
     """Both sides' mean components under the run's own proxy, and the share of rows that each wins, with a 95% Wilson interval."""
     from scipy.stats import binomtest
 
-    from reward_model import column_mean, proxy_of_run, reward_batch
+    from parts.rewards import column_mean, reward_batch
+    from reward_model import proxy_of_run
 
     proxy = proxy_of_run(trained)
     reward = proxy.load_reward(template, trained.get("output_max_length", 512), device or None)

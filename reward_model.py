@@ -493,14 +493,16 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
     Args:
         trained: the run's recorded settings; empty where there is no record.
         batch_size: rows per batch of the reward's models.
-        typed: settings that the user gave.
+        typed: settings that the user gave; None is as good as not given.
     """
     names = {field.name for field in fields(RewardSettings)}
     found = {name: value for name, value in trained.items() if name in names}
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
-    return RewardSettings(**{**FULL_DESIGN, **found, "reward_model_batch_size": batch_size, **(typed or {})})
+    found |= {"reward_model_batch_size": batch_size}
+    found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
+    return RewardSettings(**{**FULL_DESIGN, **found})
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ from parts.data_checks import check_rows, too_long
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import check_model_name, loading
+from parts.rewards import reward_batch
 from parts.rows import QTYPES
 from parts.runs import provenance
-from reward_model import RewardSettings, reward_batch
+from reward_model import RewardSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -421,6 +422,7 @@ def run_record(
         development=dev_means,
         start=start,
         reward_source=settings.reward_source(),
+        design=settings.design,
         data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
         settings=asdict(settings),
     )

@@ -29,9 +29,10 @@ from parts.cpu_speed import OneDNNLinear
 from parts.files import REPOSITORY
 from parts.gold_models import encode_conversation
 from parts.models import adapter_base
+from parts.rewards import reward_batch
 from parts.rows import read_rows
 from parts.runs import rollouts_path
-from reward_model import FULL_DESIGN, RewardSettings, reward_batch
+from reward_model import FULL_DESIGN, RewardSettings
 
 GOLD = str(REPOSITORY / "assets" / "demo_gold_rm")
 ENCODER = str(REPOSITORY / "models" / "all-MiniLM-L6-v2")

@@ -24,8 +24,9 @@ import torch
 
 from parts.files import REPOSITORY
 from parts.relevance import EmbeddingStore
+from parts.rewards import reward_batch
 from parts.rows import match_rows, read_rows
-from reward_model import ReversedEngineeredRewardForInference, reward_batch
+from reward_model import ReversedEngineeredRewardForInference
 
 FIELDS = {"instruction": None, "output": None}
 

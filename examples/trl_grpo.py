@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reward_model import ReversedEngineeredRewardForInference, column_mean
+from parts.rewards import column_mean
+from reward_model import ReversedEngineeredRewardForInference
 
 
 def last_message(text_or_messages: str | list[dict]) -> str:

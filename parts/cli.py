@@ -24,7 +24,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        options = {name: value for name, value in options.items() if name not in ("least", "allowed", "expected")}  # `Settings` checks these
+        options = {
+            name: value for name, value in options.items() if name not in ("least", "allowed", "expected")
+        }  # `Settings` checks these
         if names[0].startswith("--no_"):  # a second spelling of --X=false
             options["help"] = argparse.SUPPRESS
         return super().add_argument(*names, **options)

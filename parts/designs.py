@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,10 +48,7 @@ def all_designs() -> dict[str, dict[str, bool]]:
 
 def design_totals(reward, design: Mapping[str, bool], tables: Sequence[Mapping[str, list]]) -> np.ndarray:
     """[systems, rows] rewards under a design, from components that `score(..., every_feature=True)` of the full design gave."""
-    variant = copy.copy(reward)
-    for switch, value in design.items():
-        setattr(variant, switch, value)
-    variant.reward_branching = design["reward_branching"] and (design["relevance_scaling"] or reward.rouge_l or reward.bleu)
+    variant = reward.variant(**design)
     return np.array([[variant.compose(dict(zip(table, row))) for row in zip(*table.values())] for table in tables])
 
 

@@ -110,8 +110,7 @@ class _GoldRewardModel(ABC):
     @property
     def facts(self) -> dict:
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
-        names = {field.name for field in fields(GoldSettings)}  # a script's settings have more, no matter to a score
-        names -= {"gold_batch_tokens", "gold_dtype"}  # a matter of speed; the model's own dtype counts
+        names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
         return {
             "gold": self.name,
             "weights": weights_digest(self.name, self.model),

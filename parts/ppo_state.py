@@ -154,11 +154,7 @@ def _card(record: dict) -> str:
     elif settings["reward_model_name"]:
         design = f"the reward model `{settings['reward_model_name']}`"
     else:
-        switches = ("length_incentive", "length_target", "repetition_penalty", "relevance_scaling", "reward_branching", "rouge_l", "bleu")
-        on = ", ".join(f"{name}={settings[name]}" for name in switches if settings[name])
-        design = f"the white-box proxy reward with {on}" + (
-            f", relevance by `{settings['relevance_model_name']}`" if settings["relevance_scaling"] else ""
-        )
+        design = f"the white-box proxy reward with {record['design']}"
     development = "".join(f"| {name.removeprefix('dev/')} | {value:.4f} |\n" for name, value in record.get("development", {}).items())
     listed = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
     return (

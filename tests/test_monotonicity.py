@@ -221,9 +221,9 @@ def test_proxy_components_are_kept(tmp_path, monkeypatch):
 
 def test_a_run_as_one_value(tmp_path):
     settings = make_run(tmp_path, [1, 2, 4], instructions=("a", "b", "c"))
-    settings.relevance_scaling, settings.repetition_penalty = False, False
+    typed = {"relevance_scaling": False, "repetition_penalty": False}
     with pytest.warns(UserWarning, match="changes nothing"):
-        run = read_run(settings, "run")
+        run = read_run(settings, typed, "run")
         reward = run.proxy.load_reward(run.template, 512, None)
     tables = [reward.score({"query": ["a", "b", "c"], "response": [row["output"] for row in point.rows]}) for point in run.checkpoints]
     scored = scored_run(run, tables, {"gold": np.array([[1.0], [3.0], [2.0]])})

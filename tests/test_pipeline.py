@@ -316,7 +316,8 @@ def test_a_reward_function_in_ppo_and_monotonicity(tiny_model, tiny_gold, rows_f
     done = run_script("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=tiny", f"--gold_model={tiny_gold}")
     assert done.returncode == 0, done.stderr
     content = read_json(tmp_path / "tiny_monotonicity" / "monotonicity.json")
-    from reward_model import RewardSettings, reward_batch
+    from parts.rewards import reward_batch
+    from reward_model import RewardSettings
 
     rows = json.loads((tmp_path / "tiny_step_2" / "alpaca-eval-tiny_step_2.json").read_text(encoding="utf-8"))
     reward = RewardSettings(reward_function="examples/my_reward.py:hedging").load_reward(None, 512, "cpu")

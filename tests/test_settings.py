@@ -19,7 +19,9 @@ SCRIPTS = {
     "eval_monotonicity": "MonotonicitySettings",
     "train_gold_rm": "GoldTrainingSettings",
     "parts.bundled_models": "BundledModelSettings",
-    "reward_model": "ScoreSettings",
+    "reward_model": "RewardSettings",
+    "parts.score_files": "ScoreFileSettings",
+    "parts.gold_models": "GoldSettings",
 }
 
 
@@ -59,29 +61,36 @@ def test_bad_settings(tmp_path, yaml, words, message):
 
 
 def attributes_of(tree: ast.AST, variable: str) -> set[str]:
-    """The names that are read as `variable.name`."""
-    accesses = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
-    return {node.attr for node in accesses if node.value.id == variable}
+    """The names that are read as `variable.name` or as `something.variable.name`."""
+    accesses = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {node.attr for node in accesses if variable in (getattr(node.value, "id", None), getattr(node.value, "attr", None))}
+
+
+def reads_of(module: str, variable: str) -> set[str]:
+    return attributes_of(ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")), variable)
 
 
 @pytest.mark.parametrize(("script", "cls"), SCRIPTS.items())
 def test_every_declared_setting_is_read_and_explained(script, cls):
     fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
-    read = attributes_of(ast.parse((REPOSITORY / f"{script.replace('.', '/')}.py").read_text(encoding="utf-8")), "settings")
-    shared = ast.parse((REPOSITORY / "reward_model.py").read_text(encoding="utf-8"))  # `RewardSettings` reads its own fields
-    (load,) = (node for node in ast.walk(shared) if isinstance(node, ast.FunctionDef) and node.name == "load_reward")
-    read |= attributes_of(load, "self") if "load_reward" in read else set()
-    if script == "run_ppo":  # which hands its settings on
-        read |= attributes_of(ast.parse((REPOSITORY / "parts" / "ppo_state.py").read_text(encoding="utf-8")), "settings")
-    if script == "eval_monotonicity":  # the proxy's are read by name (`overrides`), gold's by the models
-        from reward_model import ProxyOverrides
-
-        read |= {field.name for field in dataclasses.fields(ProxyOverrides)} if "overrides" in read else set()
-        gold = ast.walk(ast.parse((REPOSITORY / "parts" / "gold_models.py").read_text(encoding="utf-8")))
-        read |= {node.attr for node in gold if isinstance(node, ast.Attribute)}
+    read = reads_of(script, "settings")
+    if script in ("run_ppo", "parts.gold_models"):  # which hand their settings on, or read their own
+        read |= reads_of("parts.ppo_state", "settings") | reads_of("parts.gold_models", "self")
+    if script in ("run_ppo", "reward_model"):
+        read |= reads_of("reward_model", "self") | reads_of("reward_model", "settings") | switches_in_use()
     unread = {field.name for field in fields} - read
     assert unread == set()
     assert all(field.metadata["help"] for field in fields)
+
+
+def switches_in_use() -> set[str]:
+    """The switches of the features: each is read by name, and turns its features on and off."""
+    from reward_model import FEATURES, ProxySettings
+
+    for feature in FEATURES:
+        assert feature in ProxySettings(**{feature.switch: True}).on
+        assert feature not in ProxySettings(**{feature.switch: False}).on
+    return {feature.switch for feature in FEATURES}
 
 
 @pytest.mark.parametrize("config", ["demo", "paper"])
