@@ -198,8 +198,8 @@ class ProxySettings(Switches):
         least=0,
         expected="0 (off) or a number of tokens",
     )
-    relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances")
-    embedding_cache: str = setting("", "file that keeps the embeddings of queries and references over runs; empty means for this run")
+    relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances", path=True)
+    embedding_cache: str = setting("", "file that keeps the embeddings of queries and references over runs; empty means for this run", path=True)
 
     @property
     def on(self) -> list[Feature]:
@@ -434,8 +434,8 @@ class ReversedEngineeredRewardForInference:
 class RewardSettings(ProxySettings):
     """Which reward: the proxy, a user's function, or a learned reward model."""
 
-    reward_function: str = setting("", "your own reward in place of the proxy: path/to/file.py:name")
-    reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)")
+    reward_function: str = setting("", "your own reward in place of the proxy: path/to/file.py:name", path=True)
+    reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)", path=True)
     reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model", least=1)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_type_hints
@@ -15,7 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from parts.errors import InputError
-from parts.files import read_text
+from parts.files import REPOSITORY, read_text
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -39,6 +40,7 @@ def setting(
     default: object,
     help: str,
     positional: bool = False,
+    path: bool = False,
     least: float | None = None,
     choices: Sequence[str] = (),
     expected: str = "",
@@ -47,19 +49,20 @@ def setting(
 
     Args:
         positional: the field takes the words that no `--name` precedes.
+        path: the text is a file, a folder or a model: `found_path` is applied to it.
         least: the smallest number allowed.
         choices: the texts allowed.
         expected: the error's words for what is allowed, where those made of `least` or `choices` do not say it well.
     """
     expected = expected or (f"at least {least}" if least is not None else " or ".join(choices))
-    metadata = {"help": help, "least": least, "allowed": tuple(choices), "expected": expected}
+    metadata = {"help": help, "path": path, "least": least, "allowed": tuple(choices), "expected": expected}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class Settings:
-    """Base of the dataclasses of settings: checks each field's `least` and `choices`.
+    """Base of the dataclasses of settings: finds each field's `path`, and checks its `least` and `choices`.
 
     Raises:
         InputError: a value that its field does not allow.
@@ -68,10 +71,25 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name, None), field.metadata
+            if rules["path"] and value:
+                setattr(self, field.name, [found_path(each) for each in value] if isinstance(value, list) else found_path(value))
             if rules["least"] is not None and not value >= rules["least"]:  # NaN is not at least anything
                 raise InputError(f"--{field.name} is {value}, expected {rules['expected']}")
             if rules["allowed"] and value not in rules["allowed"]:
                 raise InputError(f"--{field.name} is {value!r}, expected {rules['expected']}")
+
+
+def found_path(text: str) -> str:
+    """A path with `~` expanded and no slash at its end; one that is not here, but in the repository, is that one.
+
+    So scripts find what is shipped (data, models, assets) from any working directory. "file.py:name" is found by its file.
+    """
+    text = os.path.expanduser(text)
+    text = text.rstrip("/") or text
+    file = text.rpartition(":")[0] if ".py:" in text else text
+    if not os.path.isabs(file) and not os.path.exists(file) and (REPOSITORY / file).exists():
+        return str(REPOSITORY / text)
+    return text
 
 
 def parse_settings(
@@ -97,7 +115,7 @@ def parse_settings(
     every = [*classes, _all_optional(typed_only)] if typed_only else classes
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config_parser = _Parser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
+    config_parser.add_argument("--config", type=found_path)
     known, rest = config_parser.parse_known_args(arguments)
     parser = _Parser(every, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it")
@@ -111,7 +129,8 @@ def parse_settings(
         settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
         for field in dataclasses.fields(cls):
             if not field.init:
-                setattr(settings, field.name, values[field.name])
+                found = field.metadata["path"]
+                setattr(settings, field.name, [found_path(word) if found else word for word in values[field.name]])
         parsed.append(settings)
     if typed_only:
         names = [field.name for field in dataclasses.fields(typed_only)]

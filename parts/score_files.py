@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScoreFileSettings(Settings):
-    files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True)
-    data_path: str = setting("", "rows of the same instructions with qtype and reference (`output`), where the reward reads them")
+    files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True, path=True)
+    data_path: str = setting("", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True)
     chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
     output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
-    output: str = setting("", "file for the components of every row, as JSON")
+    output: str = setting("", "file for the components of every row, as JSON", path=True)
     json: bool = setting(False, "print the means as JSON in place of a table")
 
 
