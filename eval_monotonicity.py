@@ -490,7 +490,12 @@ def rank_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings, gold_settings, typed = parse_settings((MonotonicitySettings, GoldSettings), description=__doc__, typed_only=RewardSettings)
+    settings, gold_settings, typed = parse_settings(
+        (MonotonicitySettings, GoldSettings),
+        description=__doc__,
+        typed_only=RewardSettings,
+        otherwise="as the run was trained, or the paper's full design",
+    )
     if settings.rollouts:
         rank_designs(settings, typed)
     else:

@@ -66,7 +66,7 @@ def targeted_length(tokens: Sequence[str], target: int) -> float:
 
 
 def length(tokens: Sequence[str], length_target: int) -> float:
-    """LI = tokens / 100; with length_target, 1 - |tokens / length_target - 1| in its place"""
+    """LI = number of tokens / 100. With `length_target`, `targeted_length` in its place."""
     return targeted_length(tokens, length_target) if length_target else length_incentive(tokens)
 
 
@@ -77,7 +77,7 @@ def repetition_penalty(tokens: Sequence[str]) -> float:
 
 
 def query_relevance(query_embeddings: torch.Tensor, response_embeddings: torch.Tensor) -> list[float]:
-    """QR = M(query) . M(response), row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
+    """QR = M(query) · M(response). Row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
 
     Any number: the raw dot product, not a cosine, not clamped.
     """
@@ -85,7 +85,7 @@ def query_relevance(query_embeddings: torch.Tensor, response_embeddings: torch.T
 
 
 def reference_relevance(reference_embeddings: torch.Tensor, response_embeddings: torch.Tensor) -> list[float]:
-    """RAR = M(reference) . M(response), row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
+    """RAR = M(reference) · M(response). Row by row of two [rows, dimension] embeddings. (Kim and Seo 2024)
 
     Any number: the raw dot product, not a cosine, not clamped.
     """
@@ -199,7 +199,9 @@ class ProxySettings(Switches):
         expected="0 (off) or a number of tokens",
     )
     relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances", path=True)
-    embedding_cache: str = setting("", "file that keeps the embeddings of queries and references over runs; empty means for this run", path=True)
+    embedding_cache: str = setting(
+        "", "file that keeps the embeddings of queries and references over runs; empty means for this run", path=True
+    )
 
     @property
     def on(self) -> list[Feature]:
@@ -508,7 +510,9 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
 def main() -> None:
     from parts.score_files import ScoreFileSettings, score_files
 
-    settings, typed = parse_settings(ScoreFileSettings, description=__doc__, typed_only=RewardSettings)
+    settings, typed = parse_settings(
+        ScoreFileSettings, description=__doc__, typed_only=RewardSettings, otherwise="as in the paper's full design"
+    )
     score_files(settings, RewardSettings(**{**FULL_DESIGN, **typed}))
 
 

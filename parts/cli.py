@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -20,14 +21,22 @@ from parts.files import REPOSITORY, read_text
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Each setting by its one name; its default, unless that is nothing or the help text tells it."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = action.option_strings[-1 if action.dest == "help" else 0]
+        return name if action.nargs == 0 else f"{name} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_told = action.default in ("", None) or action.default == [] or "(default: " in action.help
+        return action.help if is_told else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        options = {
-            name: value for name, value in options.items() if name not in ("least", "allowed", "expected")
-        }  # `Settings` checks these
+        options.pop("rules", None)  # `Settings` checks these
         if names[0].startswith("--no_"):  # a second spelling of --X=false
             options["help"] = argparse.SUPPRESS
         return super().add_argument(*names, **options)
@@ -55,7 +64,8 @@ def setting(
         expected: the error's words for what is allowed, where those made of `least` or `choices` do not say it well.
     """
     expected = expected or (f"at least {least}" if least is not None else " or ".join(choices))
-    metadata = {"help": help, "path": path, "least": least, "allowed": tuple(choices), "expected": expected}
+    rules = {"path": path, "least": least, "allowed": tuple(choices), "expected": expected}
+    metadata = {"help": help, "rules": rules}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,7 +80,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, rules = getattr(self, field.name, None), field.metadata
+            value, rules = getattr(self, field.name, None), field.metadata["rules"]
             if rules["path"] and value:
                 setattr(self, field.name, [found_path(each) for each in value] if isinstance(value, list) else found_path(value))
             if rules["least"] is not None and not value >= rules["least"]:  # NaN is not at least anything
@@ -84,16 +94,19 @@ def found_path(text: str) -> str:
 
     So scripts find what is shipped (data, models, assets) from any working directory. "file.py:name" is found by its file.
     """
-    text = os.path.expanduser(text)
-    text = text.rstrip("/") or text
-    file = text.rpartition(":")[0] if ".py:" in text else text
-    if not os.path.isabs(file) and not os.path.exists(file) and (REPOSITORY / file).exists():
+    text = os.path.expanduser(text.rstrip("/") or text)  # noqa: PTH111 - a Path would drop a leading "./", which no hub name has
+    file = Path(text.rpartition(":")[0] if ".py:" in text else text)
+    if not file.is_absolute() and not file.exists() and (REPOSITORY / file).exists():
         return str(REPOSITORY / text)
     return text
 
 
 def parse_settings(
-    classes: type | Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None, typed_only: type | None = None
+    classes: type | Sequence[type],
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    typed_only: type | None = None,
+    otherwise: str = "",
 ) -> Any:
     """Parse `--name value` and `--name=value` into dataclasses, with `--config FILE.yaml` supplying defaults.
 
@@ -102,6 +115,7 @@ def parse_settings(
         arguments: the words of the command line; `sys.argv[1:]` by default.
         description: shown by `--help`.
         typed_only: a dataclass whose fields have other defaults than its own, for instance those of a run's record.
+        otherwise: the help's words for those defaults.
 
     Returns:
         An object of the class, or a list of one for each of several. With `typed_only` a list that ends with {name: value} of those of its
@@ -112,14 +126,16 @@ def parse_settings(
     """
     single = isinstance(classes, type)
     classes = [classes] if single else list(classes)
-    every = [*classes, _all_optional(typed_only)] if typed_only else classes
+    every = [*classes, _all_optional(typed_only, otherwise)] if typed_only else classes
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=found_path)
     known, rest = config_parser.parse_known_args(arguments)
-    parser = _Parser(every, description=description, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of settings; the command line overrides it")
     fields = [field for cls in every for field in dataclasses.fields(cls)]
+    words = " ".join(field.name.upper() for field in fields if not field.init)
+    usage = f"%(prog)s {words} [--setting=value ...]" if words else "%(prog)s [--setting=value ...]"
+    parser = _Parser(every, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it")
     for field in fields:
         if not field.init:
             parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
@@ -129,7 +145,7 @@ def parse_settings(
         settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
         for field in dataclasses.fields(cls):
             if not field.init:
-                found = field.metadata["path"]
+                found = field.metadata["rules"]["path"]
                 setattr(settings, field.name, [found_path(word) if found else word for word in values[field.name]])
         parsed.append(settings)
     if typed_only:
@@ -138,13 +154,14 @@ def parse_settings(
     return parsed[0] if single and not typed_only else parsed
 
 
-def _all_optional(cls: type) -> type:
+def _all_optional(cls: type, otherwise: str) -> type:
     """A dataclass with the fields of `cls`, each None unless it is given."""
     types = get_type_hints(cls)
-    return dataclasses.make_dataclass(
-        f"Optional{cls.__name__}",
-        [(field.name, types[field.name] | None, setting(None, field.metadata["help"])) for field in dataclasses.fields(cls)],
-    )
+    fields = [
+        (field.name, types[field.name] | None, setting(None, f"{field.metadata['help']} (default: {otherwise})"))
+        for field in dataclasses.fields(cls)
+    ]
+    return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 
 def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
