@@ -18,21 +18,20 @@ Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model A
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nltk.tokenize import wordpunct_tokenize
 
 from parts.chat_templates import ChatTemplate, load_template
-from parts.cli import Settings, parse_settings, setting
+from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
+from parts.features import UNBRANCHED, Feature, by_switch, switches_of
 from parts.files import REPOSITORY, code_digest
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 OPENENDED, CONSTRAINED = QTYPES
-UNBRANCHED = "any row of a reward without branches"
-EVERY_ROW = (UNBRANCHED, OPENENDED, CONSTRAINED)
 DEFAULT_RELEVANCE = "facebook/contriever"
 ROWS_PER_BLOCK = 1024  # rows whose embeddings are in memory at a time
 
@@ -97,50 +94,6 @@ def rescale(value: float, max_sequence_length: int) -> float:
     return value / 3.5 * (max_sequence_length / 100)
 
 
-@dataclass(frozen=True)
-class Feature:
-    """A line of `FEATURES`: everything about a feature that its function does not say.
-
-    Args:
-        column: its name in scores, logs, tables and records.
-        function: computes it. The names of its parameters say what it reads of a row:
-            "tokens" and "text", the response cut at its first stop string, as `wordpunct_tokenize`'s tokens and as text;
-            "response", uncut; "query", "reference" and any other column of the dataset;
-            "response_embeddings", "query_embeddings", "reference_embeddings", [rows, dimension]: it then returns a list, a value a row;
-            "length_target" and "max_sequence_length", the settings.
-        switch: the flag that turns it on. Its help text is the first sentence of the function's docstring.
-        default: whether it is on unless a flag says otherwise.
-        rows: the rows whose reward it multiplies: those of a query type under branching, `UNBRANCHED` without.
-        scale: what it is put through before it multiplies, with `max_sequence_length`; its column shows the raw value.
-        symbol: its name in tables of designs.
-        always_shown: its column is there where it is off, too, if no model has to be loaded for it.
-    """
-
-    column: str
-    function: Callable
-    switch: str
-    default: bool = False
-    rows: Sequence[str] = EVERY_ROW
-    scale: Callable[[float, int], float] | None = None
-    symbol: str = ""
-    always_shown: bool = False
-
-    @cached_property
-    def reads(self) -> tuple[str, ...]:
-        """The names of the function's parameters."""
-        return tuple(inspect.signature(self.function).parameters)
-
-    @property
-    def is_embedded(self) -> bool:
-        return any(name.endswith("_embeddings") for name in self.reads)
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of a batch that it reads besides "response"."""
-        names = [name.removesuffix("_embeddings") for name in self.reads]
-        return [name for name in names if name not in ("response", "text", "tokens", "length_target", "max_sequence_length")]
-
-
 BY_QUERY, BY_REFERENCE = (UNBRANCHED, OPENENDED), (CONSTRAINED,)
 FEATURES = [
     Feature("length", length, "length_incentive", True, BY_QUERY, symbol="LI", always_shown=True),
@@ -167,28 +120,8 @@ def query_text(query: str, template: ChatTemplate) -> str:
 # --------------------------------------------------------------------------------------------------------------- settings
 
 
-def _switches() -> dict[str, list[Feature]]:
-    """The features that each switch turns on."""
-    switches: dict[str, list[Feature]] = {}
-    for feature in FEATURES:
-        switches.setdefault(feature.switch, []).append(feature)
-    return switches
-
-
-def _help(features: Sequence[Feature]) -> str:
-    sentences = (inspect.getdoc(feature.function).split("\n")[0].split(". ")[0] for feature in features)
-    return f"proxy reward: {'; '.join(sentences)}".replace("%", "%%")
-
-
-Switches = make_dataclass(
-    "Switches",
-    [(switch, bool, setting(features[0].default, _help(features))) for switch, features in _switches().items()],
-    bases=(Settings,),
-)
-
-
 @dataclass
-class ProxySettings(Switches):
+class ProxySettings(switches_of(FEATURES)):
     """The proxy reward: a switch for each feature, and what they share."""
 
     reward_branching: bool = setting(False, "proxy reward: CONSTRAINED rows by their reference, OPENENDED ones by their query")
@@ -235,7 +168,7 @@ class ProxySettings(Switches):
     @property
     def design(self) -> str:
         """The settings that are on, in words."""
-        names = [*_switches(), "reward_branching", "length_target"]
+        names = [*by_switch(FEATURES), "reward_branching", "length_target"]
         on = ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name))
         return on + (f", relevance by `{self.relevance_model_name}`" if self.needs_encoder else "")
 
@@ -312,15 +245,15 @@ class ReversedEngineeredRewardForInference:
             )
 
     def compose(self, row: Mapping[str, float | str | None]) -> float:
-        """The formula: R of one row of features. What is off, or not used by the row's branch, is 1."""
+        """The formula: R of one row of features. What is off, or not used in the row's branch, is 1."""
         kind = row["branch"] if self.settings.branches else UNBRANCHED
         value = dict.fromkeys((feature.column for feature in FEATURES), 1.0)
         for feature in self.settings.on:
             if kind in feature.rows:
                 raw = row[feature.column]
                 value[feature.column] = feature.scale(raw, self.max_sequence_length) if feature.scale else raw
-        paper = ("length", "query_relevance", "reference_relevance", "repetition")  # RAR as F(RAR)
-        return math.prod(value.pop(name) for name in paper) * math.prod(value.values())
+        LI, QR, F_RAR, RP = map(value.pop, ("length", "query_relevance", "reference_relevance", "repetition"))
+        return LI * QR * F_RAR * RP * math.prod(value.values())
 
     def variant(self, **switches: bool) -> ReversedEngineeredRewardForInference:
         """The same reward with other switches, for `compose`; it shares the encoder."""
