@@ -402,7 +402,10 @@ class RewardSettings(ProxySettings):
 
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
-        own = [Path(__file__), *(REPOSITORY / "parts" / name for name in ("relevance.py", "chat_templates.py", "overlap.py"))]
+        own = [
+            Path(__file__),
+            *(REPOSITORY / "parts" / name for name in ("features.py", "relevance.py", "chat_templates.py", "overlap.py")),
+        ]
         source = {"reward_model.py": code_digest(*own)}
         if self.reward_function:
             path = Path(self.reward_function.rpartition(":")[0])

@@ -151,6 +151,19 @@ def test_responses_are_cut_at_stop_strings_for_counting_only():
     assert uncut == [0.08]
 
 
+def test_positional_arguments_mean_what_they_meant():
+    """The published order: do_strip is the seventh. What came later is given by name."""
+    response = ["one two three\n\n### Instruction:\nfour five"]
+    assert ReversedEngineeredRewardForInference("alpaca", 512, True, False, False, False, False).get_reward({"response": response}) == [
+        0.08
+    ]
+    assert ReversedEngineeredRewardForInference("alpaca", 512, True, False, False, False, True).get_reward({"response": response}) == [0.03]
+    with pytest.raises(TypeError):
+        ReversedEngineeredRewardForInference("alpaca", 512, True, False, False, False, True, 10)
+    with pytest.raises(TypeError, match="length_targt"):
+        ReversedEngineeredRewardForInference("alpaca", length_targt=10)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
