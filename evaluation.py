@@ -346,13 +346,13 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
     from reward_model import reward_batch
 
     rewards, instructions = {}, [row["instruction"] for row in data]
+    files = [file_digest(settings.baseline_model_file), file_digest(settings.data_path)]
     for job in jobs:
         length = job.checkpoint.trained.get("output_max_length", 512)
         proxy = baseline.proxies[job.checkpoint]
         facts = proxy_facts(proxy, job.template, length)
         meta = job.checkpoint.meta
-        files = {name: file_digest(getattr(settings, name)) for name in ("baseline_model_file", "data_path")}
-        fingerprint = digest({**facts, **files, "rollouts": file_digest(job.target)})
+        fingerprint = digest([facts, *files, file_digest(job.target)])
         if meta.get("baseline", {}).get("fingerprint") == fingerprint:
             continue
         if digest(facts) not in rewards:

@@ -293,17 +293,8 @@ def test_settings_of_decoding_and_checkpoints(checkpoints, tmp_path):
 
 
 def test_steps_sort_as_numbers_within_a_runs_name(tmp_path):
-    names = [
-        "42_step_100",
-        "42_step_1000",
-        "adapter",
-        "full_step_0",
-        "full_step_500",
-        "full_step_1000",
-        "full_step_5_step_3",
-        "seed2_step_10",
-        "seed10_step_2",
-    ]
+    names = ["42_step_100", "42_step_1000", "adapter", "full_step_0", "full_step_5_step_3", "full_step_500", "full_step_1000",
+             "seed2_step_10", "seed10_step_2"]  # fmt: skip
     for name in reversed(names):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}", encoding="utf-8")
@@ -311,7 +302,7 @@ def test_steps_sort_as_numbers_within_a_runs_name(tmp_path):
     (tmp_path / "full_step_7").write_text("no folder", encoding="utf-8")
     found = find_adapters([f"{tmp_path}/*"])
     assert [point.name for point in found] == names
-    assert [point.step for point in found] == [100, 1000, None, 0, 500, 1000, 3, 10, 2]
+    assert [point.step for point in found] == [100, 1000, None, 0, 3, 500, 1000, 10, 2]
     assert [point.step for point in checkpoints_of(tmp_path / "full")] == [0, 500, 1000]
     assert find_adapters([str(tmp_path / "adapter"), f"{tmp_path}/a*"]) == [found[2]]
 
