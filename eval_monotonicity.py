@@ -15,7 +15,6 @@ Without any training, proxy designs against a leaderboard, on outputs of systems
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,20 +26,18 @@ from nltk.tokenize import wordpunct_tokenize
 
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.cli import Settings, parse_settings, setting
-from parts.designs import all_designs, design_totals, rank_correlation, read_systems
+from parts.designs import all_designs, describe_designs, design_totals, rank_designs, ranked_systems, read_systems, shared_instructions
 from parts.errors import InputError, run_main
-from parts.files import digest, read_json, read_text, write_json
+from parts.files import digest, write_json
 from parts.gold_models import DEFAULT_GOLD, GoldSettings
 from parts.models import check_device
-from parts.rank_statistics import ScoredRun, correlations, curve, describe, gains, shown, spearman, table_text, together
-from parts.report import draw, write_report
+from parts.rank_statistics import ScoredRun, correlations, together
+from parts.report import print_run, print_together, write_run, write_together
 from parts.rewards import reward_batch
-from parts.rows import match_rows, read_rows
-from parts.runs import provenance, rollouts_path
-from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows, scores_path
+from parts.rows import match_rows
+from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable
+from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
 from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
-
-KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
 @dataclass
@@ -77,27 +74,6 @@ class MonotonicitySettings(Settings):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's step, folder, and rollouts in file order."""
-
-    step: int
-    folder: Path
-    rows: list[dict]
-
-    @property
-    def meta(self) -> dict:
-        """How the rollouts were made; empty for rollouts that `evaluation.py` did not write."""
-        path = rollouts_path(self.folder).with_suffix(".meta.json")
-        return read_json(path) if path.is_file() else {}
-
-    @property
-    def record(self) -> dict:
-        """The record of the training run; empty for a checkpoint that `run_ppo.py` did not write."""
-        path = self.folder / "training_record.json"
-        return read_json(path) if path.is_file() else {}
-
-
-@dataclass(frozen=True)
 class Run:
     """A run's checkpoints, and what its scores are made with."""
 
@@ -114,55 +90,42 @@ class Run:
         return [checkpoint.step for checkpoint in self.checkpoints]
 
 
-def find_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkpoint]:
+def choose_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkpoint]:
     """The checkpoints of a run to compare, by step.
 
     Raises:
         InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts that were made otherwise: on
             other instructions, or with other decoding settings.
     """
-    pattern = re.compile(re.escape(prefix) + r"_step_(\d+)")
     parent = Path(settings.output_dir)
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
-    folders = {int(match[1]): path for path in parent.iterdir() if (match := pattern.fullmatch(path.name)) and path.is_dir()}
-    if not folders:
+    by_step = {point.step: point for point in checkpoints_of(parent / prefix)}
+    if not by_step:
         raise InputError(f"{parent}: no folder {prefix}_step_<k>")
     if settings.steps:
         steps = sorted(set(settings.steps))
         for step in steps:
-            if step not in folders or not rollouts_path(folders[step]).is_file():
+            if step not in by_step or not by_step[step].rollouts.is_file():
                 raise InputError(f"{parent}/{prefix}_step_{step}: no rollouts, expected them from evaluation.py")
     else:
-        candidates = [step for step in sorted(folders) if step > 0 or settings.include_start]
-        steps = [step for step in candidates if rollouts_path(folders[step]).is_file()]
+        candidates = [step for step in by_step if step > 0 or settings.include_start]
+        steps = [step for step in candidates if by_step[step].rollouts.is_file()]
         if without := [step for step in candidates if step not in steps]:
             print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
     if len(steps) < 3:
         raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
-    texts = {"instruction": None, "output": None}
-    checkpoints = [Checkpoint(step, folders[step], read_rows(rollouts_path(folders[step]), texts)) for step in steps]
-    first = checkpoints[0]
-    for checkpoint in checkpoints[1:]:
-        path = rollouts_path(checkpoint.folder)
-        if len(checkpoint.rows) != len(first.rows):
-            raise InputError(f"{path}: {len(checkpoint.rows)} rows, expected {len(first.rows)} as at step {first.step}")
-        for number, (row, other) in enumerate(zip(checkpoint.rows, first.rows), start=1):
-            if row["instruction"] != other["instruction"]:
-                raise InputError(f"{path}: row {number}: another instruction than at step {first.step}")
-        for name in ("decoding", "template", "engine", "dtype"):
-            own, other = checkpoint.meta.get(name), first.meta.get(name)
-            if own != other:
-                raise InputError(f"{path}: {name} is {own}, expected {other} as at step {first.step}")
+    checkpoints = [by_step[step] for step in steps]
+    require_comparable(checkpoints)
     return checkpoints
 
 
 def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run:
-    """A run with all that its proxy needs. Raises InputError as `find_checkpoints`, and for rows or a reward that cannot be used."""
+    """A run with all that its proxy needs. Raises InputError as `choose_checkpoints`, and for rows or a reward that cannot be used."""
     from parts.models import load_tokenizer
 
-    checkpoints = find_checkpoints(settings, prefix)
-    trained = checkpoints[-1].record.get("settings", {})
+    checkpoints = choose_checkpoints(settings, prefix)
+    trained = checkpoints[-1].trained
     proxy = proxy_of_run(trained, settings.batch_size, typed)
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
@@ -193,28 +156,10 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
     needed = "output" in proxy.dataset_fields or proxy.reward_function
     path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
     if path:
-        return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(rollouts_path(checkpoints[0].folder)))
+        return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(checkpoints[0].rollouts))
     if needed:
         raise InputError("--data_path is missing: the proxy reads references, and no record beside the rollouts says where they are")
     return [{"qtype": row.get("qtype")} for row in rows]
-
-
-def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
-    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
-
-    A step's metrics are of rollouts drawn before its update, so that checkpoint k's are those of step k + 1; as a batch is small,
-    the mean over `KL_WINDOW` steps on either side is taken.
-    """
-    path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
-    if not trained or not path.is_file():
-        return [None] * len(steps)
-    lines = map(json.loads, filter(None, read_text(path).split("\n")))
-    logged = {line["step"]: line["objective/kl"] for line in lines if "objective/kl" in line}
-    kl: list[float | None] = []
-    for step in steps:
-        near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]
-        kl.append(0.0 if step == 0 else sum(near) / len(near) if near else None)
-    return kl
 
 
 # --------------------------------------------------------------------------------------------------------------- scoring
@@ -238,9 +183,7 @@ def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[s
                 rewards[digest(facts)] = run.proxy.load_reward(run.template, run.output_max_length, settings.device or None)
             reward = rewards[digest(facts)]
             tables[run.name] = [
-                proxy_columns(
-                    reward, ScoreStore(scores_path(rollouts_path(point.folder)), facts), rollout_batch(point, run.references), bar.update
-                )
+                proxy_columns(reward, ScoreStore(point.scores, facts), rollout_batch(point, run.references), bar.update)
                 for point in run.checkpoints
             ]
     return tables
@@ -268,7 +211,7 @@ def score_gold(
                     for rows, values in gold.iter_rewards(some):
                         yield [places[row] for row in rows], values
 
-                table.append(score_rows(ScoreStore(scores_path(rollouts_path(point.folder)), facts), texts, score, bar.update))
+                table.append(score_rows(ScoreStore(point.scores, facts), texts, score, bar.update))
             scores[run.name] = np.array(table)
     return scores, gold.dtype
 
@@ -300,40 +243,7 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- telling
-
-
-def print_run(run: ScoredRun) -> None:
-    print(f"\n{run.name}")
-    print(table_text(curve(run), whole=("step", "rows")))
-    steps = run.steps
-    for name, gain in gains(run).items():
-        print(f"{name}: step {steps[-1]} minus step {steps[0]}: {gain['difference']:+.4f}, standard error {gain['standard_error']:.4f} "
-              f"(paired over {run.proxy.shape[1]} rows)")  # fmt: skip
-    for name, found in run.found.items():
-        if len(run.gold) > 1:
-            print(f"-- gold {name}")
-        print(describe(found, steps))
-    if len(run.gold) > 1:
-        names, curves = list(run.gold), [scores.mean(axis=1) for scores in run.gold.values()]
-        print(f"the golds among themselves: SpearmanR {shown(spearman(*curves[:2]))} between {names[0]} and {names[1]}")
-
-
-def write_run(run: ScoredRun, folder: Path, record: dict) -> None:
-    """monotonicity.json, monotonicity.png and report.html of one run."""
-    per_row = {
-        "proxy": {step: scores.tolist() for step, scores in zip(run.steps, run.proxy)},
-        "gold": {
-            name: {step: scores.tolist() for step, scores in zip(run.steps, table)}
-            for name, table in run.gold.items()
-            if table.shape == run.proxy.shape
-        },
-    }
-    content = {"name": run.name, "spearman": run.found, "gains": gains(run), "curve": curve(run), "per_row": per_row, "provenance": record}
-    write_json(folder / "monotonicity.json", content)
-    draw(folder / "monotonicity.png", run, record)
-    write_report(folder / "report.html", [run], None, record)
-    print(folder / "report.html")
+# ---------------------------------------------------------------------------------------------------------- the programs
 
 
 def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, typed: Mapping) -> None:
@@ -361,36 +271,26 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
 
     # 3. The answer.
     output = Path(settings.output_dir)
-
-    def record(run: Run) -> dict:
-        meta = run.checkpoints[0].meta
-        return provenance(
+    records = [
+        provenance(
             settings={**asdict(settings), **asdict(gold_settings), **typed},
             model=settings.gold_model + ([settings.gold_scores] if settings.gold_scores else []),
             dtype=dtypes,
             template=run.template.name,
-            decoding=meta.get("decoding"),
-            seed=meta.get("seed"),
-            policy=meta.get("model"),
+            decoding=run.checkpoints[0].meta.get("decoding"),
+            seed=run.checkpoints[0].meta.get("seed"),
+            policy=run.checkpoints[0].meta.get("model"),
             proxy=asdict(run.proxy),
         )
-
-    for run, found in zip(runs, scored):
+        for run in runs
+    ]
+    for found, record in zip(scored, records):
         print_run(found)
-        write_run(found, output / f"{run.name}_monotonicity", record(run))
+        write_run(output / f"{found.name}_monotonicity", found, record)
     if len(scored) > 1:
         both = together(scored)
-        print("\ntogether")
-        for name, entry in both.items():
-            if entry["mean"] is None:
-                print(f"gold {name}: SpearmanR of a run is undefined, and so is their mean")
-                continue
-            print(f"gold {name}: mean SpearmanR {entry['mean']:.3f} over {len(scored)} runs, standard error {entry['standard_error']:.3f}, "
-                  f"p over drawn orders {entry['pvalue']:.4g}; SpearmanR of the mean curves {shown(entry['mean_curves'])}")  # fmt: skip
-        folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
-        write_json(folder / "monotonicity.json", {"together": both, "provenance": record(runs[0])})
-        write_report(folder / "report.html", scored, both, record(runs[0]))
-        print(folder / "report.html")
+        print_together(both, len(scored))
+        write_together(output / f"{'+'.join(settings.model_prefix)}_monotonicity", scored, both, records[0])
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -403,24 +303,13 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(paths)
 
 
-def rank_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
+def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
     # 1. Everything a user can get wrong, before any model loads.
     systems = read_systems(settings.rollouts)
     board = read_leaderboard(settings.gold_scores)
-    for name in systems:
-        if not any(name in scores for scores in board.values()):
-            raise InputError(f"{settings.gold_scores}: no score for the system {name!r}")
-    ranked = {column: [name for name in systems if name in scores] for column, scores in board.items()}
-    ranked = {column: names for column, names in ranked.items() if len(names) >= 3}
-    if not ranked:
-        raise InputError(f"{settings.gold_scores}: fewer than 3 of the systems in every column, expected at least 3 for a correlation")
-    instructions = [text for text in next(iter(systems.values())) if all(text in outputs for outputs in systems.values())]
-    if len(instructions) < 2:
-        raise InputError(f"--rollouts: {len(instructions)} instructions that all {len(systems)} files have, expected at least 2")
-    most = max(map(len, systems.values()))
-    if len(instructions) < most:
-        print(f"{len(instructions)} of {most} instructions are in every file, and count")
+    ranked = ranked_systems(systems, board, settings.gold_scores)
+    instructions = shared_instructions(systems)
     proxy = proxy_of_run({}, settings.batch_size, typed)
     if settings.all_designs:
         if not proxy.is_proxy:
@@ -439,7 +328,6 @@ def rank_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     from tqdm import tqdm
 
     folder = Path(settings.output_dir) / "designs"
-    folder.mkdir(parents=True, exist_ok=True)
     reward = proxy.load_reward(template, settings.output_max_length or 512, settings.device or None)
     every = {"every_feature": True} if settings.all_designs else {}
     facts = {**proxy_facts(proxy, template, settings.output_max_length or 512), **every}
@@ -455,27 +343,9 @@ def rank_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
         totals = {design: design_totals(reward, switches, list(tables.values())) for design, switches in all_designs().items()}
     else:
         totals = {"as set": np.array([table["total"] for table in tables.values()])}
-    order = list(systems)
-    found = {
-        design: {
-            column: rank_correlation(scores[[order.index(name) for name in names]], [board[column][name] for name in names])
-            for column, names in ranked.items()
-        }
-        for design, scores in totals.items()
-    }
-    print()
-    print(table_text([{"design": name, **{column: entry["spearman"] for column, entry in row.items()}} for name, row in found.items()]))
-    for column, names in ranked.items():
-        defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
-        if defined:
-            best = min(defined, key=lambda design: (-defined[design]["spearman"], len(design)))  # of equals the simplest
-            entry = defined[best]
-            interval = "" if entry["interval"] is None else ", 95% interval over prompts {:.3f} to {:.3f}".format(*entry["interval"])
-            print(f"{column}: SpearmanR {entry['spearman']:.3f} for {best}, n = {len(names)} systems, permutation p "
-                  f"{entry['exact_pvalue']:.4g}{interval}")  # fmt: skip
-    means = {
-        name: dict(zip(totals, map(float, column))) for name, column in zip(order, np.stack([t.mean(axis=1) for t in totals.values()], 1))
-    }
+    found = rank_designs(totals, list(systems), board, ranked)
+    print(f"\n{describe_designs(found)}")
+    means = {name: {design: float(rewards[place].mean()) for design, rewards in totals.items()} for place, name in enumerate(systems)}
     record = provenance(
         settings={**asdict(settings), **typed},
         model=proxy.reward_model_name or proxy.relevance_model_name,
@@ -497,7 +367,7 @@ def main() -> None:
         otherwise="as the run was trained, or the paper's full design",
     )
     if settings.rollouts:
-        rank_designs(settings, typed)
+        judge_designs(settings, typed)
     else:
         judge_runs(settings, gold_settings, typed)
 

@@ -9,22 +9,19 @@ One response a row is drawn from the base model with a checkpoint's LoRA, as con
 
     alpaca-eval-<name>.json      a list of {dataset, instruction, output, generator, qtype}
     superni-<name>.json          a list of {task, id, prediction, references, rouge_l, rouge_l_first, exact_match}
-    <the same>.meta.json         how it was made, and SuperNI's summary
+    <the same>.meta.json         how it was made, SuperNI's summary, and the comparison with --baseline_model_file
 
-A file is there when it is whole. Interrupted at any row, the same command goes on: finished files stay, and a begun one goes on from
-what lies in <file>.partial.
+Files are written atomically: one that exists is complete. Interrupted at any row, the same command resumes: finished files stay, and an
+unfinished one continues from the rows in <file>.partial. Finished rollouts are compared with a baseline that is named later.
 """
 
 from __future__ import annotations
 
-import functools
-import glob
-import json
 import os
 import shutil
 import statistics
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,20 +31,21 @@ import yaml
 from parts.cli import parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
-from parts.files import REPOSITORY, digest, file_digest, read_json, read_text, write_json
+from parts.files import REPOSITORY, JsonLines, digest, file_digest, read_json, read_text, write_json
 from parts.models import check_device, check_model_name
 from parts.rows import match_rows, read_rows
-from parts.runs import provenance, rollouts_path
+from parts.runs import Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, superni_path
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
     from parts.chat_templates import ChatTemplate
     from parts.generation import Decoding, HFEngine, VLLMEngine
     from parts.superni import Instance
+    from reward_model import RewardSettings
 
 EVALUATIONS = ("alpaca", "superni")
-SUPERNI_PROMPT_TOKENS = 512
 
 
 @dataclass
@@ -92,39 +90,17 @@ class EvaluationSettings:
             raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(EVALUATIONS)}")
 
 
-def find_adapters(patterns: Sequence[str]) -> list[Path]:
-    """The adapter folders that names and patterns stand for, each once, in order (of steps, within a pattern).
-
-    Raises:
-        InputError: a name that is no adapter folder, or a pattern that matches none.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        paths = [Path(pattern)]
-        if glob.has_magic(pattern):
-            paths = [Path(path) for path in glob.glob(pattern)]  # noqa: PTH207 - absolute patterns too
-            paths = [path for path in paths if (path / "adapter_config.json").is_file()]
-            paths.sort(key=lambda path: [int(part) if part.isdigit() else part for part in path.name.split("_")])
-            if not paths:
-                raise InputError(f"{pattern}: matches no checkpoint folder")
-        for path in paths:
-            if not (path / "adapter_config.json").is_file():
-                raise InputError(f"{path}: no adapter_config.json, expected a checkpoint folder")
-            if path not in found:
-                found.append(path)
-    return found
+# ------------------------------------------------------------------------------------------------------------------ input
 
 
-def training_files(adapters: Sequence[Path]) -> list[str]:
+def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """The files that the checkpoints were trained on, each once, as far as they are here and still what they were."""
-    found: list[str] = []
-    for adapter in adapters:
-        path = adapter / "training_record.json"
-        record = read_json(path) if path.is_file() else {}
-        file = record.get("settings", {}).get("dataset_path", "")
-        if file not in found and Path(file).is_file() and file_digest(file) == record.get("data", {}).get("dataset_path"):
-            found.append(file)
-    return found
+    files: list[str] = []
+    for checkpoint in checkpoints:
+        file = checkpoint.trained.get("dataset_path", "")
+        if file not in files and Path(file).is_file() and file_digest(file) == checkpoint.record.get("data", {}).get("dataset_path"):
+            files.append(file)
+    return files
 
 
 def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
@@ -143,100 +119,168 @@ def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
         raise InputError(f"{settings.decoding}: expected decoding settings under '{evaluation}' ({message})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+def read_instructions(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint]) -> list[dict]:
+    """The rows of `--data_path`. Raises InputError where they cannot be used, or where a checkpoint was trained on them."""
+    if not Path(settings.data_path).is_file() and settings.data_path == "data/alpaca_eval.json":
+        raise InputError(
+            f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
+        )
+    return check_rows(settings.data_path, {"instruction": None}, against=training_files(checkpoints))
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes of `accelerate launch`; one by itself without it."""
+class Baseline:
+    """Another model's outputs, and the proxy that each checkpoint is compared with them under."""
 
-    rank: int = 0
-    count: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.count > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+    rows: list[dict]
+    proxies: dict[Checkpoint, RewardSettings]
 
 
-def start_processes() -> Processes:
-    """Join the launched processes, if there are several."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
-        import torch.distributed as dist
+def read_baseline(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint], data: Sequence[dict]) -> Baseline:
+    """Raises InputError where the outputs, the reward of a checkpoint, or the columns that it reads cannot be used."""
+    from reward_model import proxy_of_run
 
-        dist.init_process_group("gloo")  # only for barriers: responses meet in files
-    return Processes(int(os.environ.get("RANK", "0")), count)
+    rows = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
+    proxies = {}
+    for checkpoint in checkpoints:
+        proxy = proxies[checkpoint] = proxy_of_run(checkpoint.trained)
+        proxy.check_reward()
+        read_rows(settings.data_path, proxy.dataset_fields)
+    return Baseline(rows, proxies)
 
 
-def generate_all(
-    target: Path,
-    adapter: Path,
-    prompts: list[list[int]],
-    decoding: Decoding,
-    engine: HFEngine | VLLMEngine,
-    seed: int,
-    fingerprint: str,
-    processes: Processes,
-) -> list[list[int]] | None:
-    """A response to each prompt, from <target>.partial where it is known already, and generated where it is not.
+# ------------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation of one checkpoint: a file to write.
 
     Args:
-        target: the file that the responses are for.
-        fingerprint: of all that the responses depend on; partial results with another are thrown away.
-        processes: each generates its share and appends to a file of its own.
+        target: the file.
+        prompts: token ids by row.
+        fingerprint: of all that the responses depend on.
+    """
+
+    checkpoint: Checkpoint
+    evaluation: str
+    target: Path
+    template: ChatTemplate
+    prompts: list[list[int]]
+    decoding: Decoding
+    fingerprint: str
+
+    def is_done(self) -> bool:
+        """Whether the target is there, made as it would be now, which is then said. Raises InputError where it was made otherwise."""
+        if not self.target.exists():
+            return False
+        meta = meta_path(self.target)
+        if not meta.is_file() or read_json(meta).get("fingerprint") != self.fingerprint:
+            raise InputError(f"{self.target}: exists already, made otherwise (--overwrite=true replaces it)")
+        print(f"{self.target}: is there already, made as it would be now")
+        return True
+
+
+def plan(
+    settings: EvaluationSettings,
+    checkpoints: Sequence[Checkpoint],
+    templates: Mapping[Checkpoint, ChatTemplate],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[dict],
+    instances: Sequence[Instance],
+    device: str,
+) -> list[Job]:
+    """The jobs of all checkpoints. Raises InputError for a checkpoint without weights, or decoding settings that cannot be used."""
+    import torch
+
+    from parts.chat_templates import encode_prompts
+    from parts.superni import superni_prompt
+
+    prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them
+    for template in templates.values():
+        if "alpaca" in settings.evaluations and ("alpaca", template.name) not in prompts:
+            prompts["alpaca", template.name] = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+        if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
+            prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
+    paths = {"alpaca": rollouts_path, "superni": superni_path}
+    jobs = []
+    for checkpoint in checkpoints:
+        files = (checkpoint.folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
+        weights = next((file for file in files if file.is_file()), None)
+        if weights is None:
+            raise InputError(f"{checkpoint.folder}: no adapter_model.safetensors, expected a checkpoint folder")
+        template = templates[checkpoint]
+        for evaluation in settings.evaluations:
+            decoding = read_decoding(settings, evaluation)
+            facts = {
+                "base": settings.base_model_name,
+                "adapter": [file_digest(weights), file_digest(checkpoint.folder / "adapter_config.json")],
+                "engine": [settings.engine, torch.device(device).type],
+                "decoding": asdict(decoding),
+                "seed": settings.seed,
+                "prompts": digest(prompts[evaluation, template.name]),
+            }
+            target = paths[evaluation](checkpoint.folder)
+            jobs.append(Job(checkpoint, evaluation, target, template, prompts[evaluation, template.name], decoding, digest(facts)))
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------------------------- generation
+
+
+def load_engine(
+    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, jobs: Sequence[Job], device: str, processes: PartialState
+) -> HFEngine | VLLMEngine:
+    """What generates: the base model, ready for the adapters of the jobs."""
+    from parts.generation import HFEngine, VLLMEngine
+
+    if settings.engine == "vllm":
+        longest = 2048 + max(job.decoding.max_new_tokens for job in jobs)
+        adapters = dict.fromkeys(str(job.checkpoint.folder) for job in jobs)
+        return VLLMEngine(settings.base_model_name, tokenizer, list(adapters), longest)
+    own = f"cuda:{processes.local_process_index}" if device == "cuda" else device
+    return HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None)
+
+
+def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: PartialState) -> list[list[int]] | None:
+    """A response to each prompt: from the partial folder where it is known already, and generated where it is not.
+
+    Each process generates its share, and appends it to a file of its own.
 
     Returns:
         Token ids by prompt, on the main process; None on others.
     """
-    folder = target.with_name(f"{target.name}.partial")
+    folder, target, is_main = partial_path(job.target), job.target.name, processes.is_main_process
     marker = folder / "fingerprint"
-    if processes.is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint):
+    if is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == job.fingerprint):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        marker.write_text(fingerprint, encoding="utf-8")
-    processes.wait()
+        marker.write_text(job.fingerprint, encoding="utf-8")
+    processes.wait_for_everyone()
     known = read_partial(folder)
-    processes.wait()
-    missing = [row for row in range(len(prompts)) if row not in known][processes.rank :: processes.count]
-    if processes.is_main and known:
-        print(f"{target.name}: {len(known)} of {len(prompts)} rows are known from an earlier start")
+    processes.wait_for_everyone()
+    missing = [row for row in range(len(job.prompts)) if row not in known][processes.process_index :: processes.num_processes]
+    if is_main and known:
+        print(f"{target}: {len(known)} of {len(job.prompts)} rows are known from an earlier start")
     if missing:
-        draws = zlib.crc32(adapter.name.encode()) << 32 | seed % 2**32  # another checkpoint, other draws
-        with (folder / f"rows_{processes.rank}_{os.getpid()}.jsonl").open("a", encoding="utf-8") as log:
+        draws = zlib.crc32(job.checkpoint.name.encode()) << 32 | seed % 2**32  # another checkpoint, other draws
+        log = JsonLines(folder / f"rows_{processes.process_index}_{os.getpid()}.jsonl")
 
-            def finished(place: int, response: list[int]) -> None:
-                log.write(json.dumps([missing[place], response]) + "\n")
-                log.flush()
+        def finished(place: int, response: list[int]) -> None:
+            log.append([missing[place], response])
 
-            wanted = [prompts[row] for row in missing]
-            engine.generate(str(adapter), wanted, decoding, draws, missing, finished, target.name if processes.is_main else None)
-    processes.wait()
-    if not processes.is_main:
+        wanted = [job.prompts[row] for row in missing]
+        engine.generate(str(job.checkpoint.folder), wanted, job.decoding, draws, missing, finished, target if is_main else None)
+    processes.wait_for_everyone()
+    if not is_main:
         return None
     known = read_partial(folder)
-    return [known[row] for row in range(len(prompts))]
+    return [known[row] for row in range(len(job.prompts))]
 
 
 def read_partial(folder: Path) -> dict[int, list[int]]:
-    """Responses by row from the files of a partial run; a line that was cut short is as good as none."""
-    known = {}
-    for path in sorted(folder.glob("rows_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                row, response = json.loads(line)
-            except ValueError:
-                continue
-            known[row] = response
-    return known
-
-
-# ----------------------------------------------------------------------------------------------------------------- alpaca
+    """Responses by row, from the files of a partial folder."""
+    return {row: response for path in sorted(folder.glob("rows_*.jsonl")) for row, response in JsonLines(path).read()}
 
 
 def alpaca_rows(data: list[dict], texts: list[str], generator: str) -> list[dict]:
@@ -249,86 +293,81 @@ def alpaca_rows(data: list[dict], texts: list[str], generator: str) -> list[dict
     return rows
 
 
-def compare_with_baseline(
-    rows: list[dict], baseline: list[dict], data: list[dict], trained: dict, template: ChatTemplate, device: str
-) -> dict:
-    """Both sides' mean components under the run's own proxy, and the share of rows that each wins, with a 95% Wilson interval."""
-    from scipy.stats import binomtest
+def write_rollouts(
+    job: Job,
+    settings: EvaluationSettings,
+    responses: Sequence[list[int]],
+    data: Sequence[dict],
+    instances: Sequence[Instance],
+    engine: HFEngine | VLLMEngine,
+) -> None:
+    """Write a job's file and the record of how it was made, print where it is, and remove its partial folder."""
+    texts = engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    record = provenance(
+        seed=settings.seed,
+        dtype=engine.dtype,
+        model=settings.base_model_name,
+        adapter=str(job.checkpoint.folder),
+        engine=engine.name,
+        template=job.template.name,
+        decoding=asdict(job.decoding),
+        data_path=settings.data_path if job.evaluation == "alpaca" else settings.superni_dir,
+        rows=len(job.prompts),
+        eos_rate=statistics.fmean(response[-1] == engine.tokenizer.eos_token_id for response in responses),
+        response_tokens=statistics.fmean(map(len, responses)),
+        fingerprint=job.fingerprint,
+        settings=asdict(settings),
+    )
+    if job.evaluation == "alpaca":
+        rows = alpaca_rows(data, texts, job.checkpoint.name)
+    else:
+        from parts.superni import describe_superni, summarise, superni_rows
 
-    from parts.rewards import column_mean, reward_batch
-    from reward_model import proxy_of_run
-
-    proxy = proxy_of_run(trained)
-    reward = proxy.load_reward(template, trained.get("output_max_length", 512), device or None)
-    instructions = [row["instruction"] for row in rows]
-    tables = [reward.score(reward_batch(instructions, [row["output"] for row in each], data)) for each in (rows, baseline)]
-    won = sum(ours > theirs for ours, theirs in zip(*(table["total"] for table in tables)))
-    lost = sum(ours < theirs for ours, theirs in zip(*(table["total"] for table in tables)))
-    interval = binomtest(won, len(rows)).proportion_ci(method="wilson")
-    means = [{name: mean for name, column in table.items() if (mean := column_mean(column)) is not None} for table in tables]
-    return {
-        "ours": means[0],
-        "baseline": means[1],
-        "rows": len(rows),
-        "won": won / len(rows),
-        "won_interval": [float(interval.low), float(interval.high)],
-        "lost": lost / len(rows),
-    }
-
-
-def describe_comparison(found: dict) -> str:
-    """The comparison as a small table."""
-    names = [name for name in found["ours"] if name in found["baseline"]]
-    lines = [f"{'':<10}" + " ".join(f"{name:>{max(len(name), 8)}}" for name in names)]
-    for side in ("ours", "baseline"):
-        lines.append(f"{side:<10}" + " ".join(f"{found[side][name]:>{max(len(name), 8)}.3f}" for name in names))
-    low, high = found["won_interval"]
-    lines.append(f"proxy above the baseline's in {found['won']:.1%} of {found['rows']} rows (95% interval {low:.1%} to {high:.1%}), "
-                 f"below in {found['lost']:.1%}")  # fmt: skip
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------- superni
+        rows = superni_rows(instances, [text.strip() for text in texts])
+        record["summary"] = summarise(instances, rows)
+        print(describe_superni(record["summary"]))
+    write_json(meta_path(job.target), record)
+    write_json(job.target, rows)
+    shutil.rmtree(partial_path(job.target), ignore_errors=True)
+    print(job.target)
 
 
-def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's tokens, `SUPERNI_PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
-    from parts.chat_templates import encode_prompts
-
-    (tokens,) = encode_prompts(tokenizer, [template.render(instance.instruction)])
-    text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
-    excess = len(tokens) - SUPERNI_PROMPT_TOKENS
-    while excess > 0 and text_tokens:
-        text_tokens = text_tokens[: max(0, len(text_tokens) - excess)]
-        shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
-        (tokens,) = encode_prompts(tokenizer, [template.render(shorter)])
-        excess = len(tokens) - SUPERNI_PROMPT_TOKENS
-    return tokens
+# --------------------------------------------------------------------------------------------------------------- baseline
 
 
-def describe_superni(summary: dict) -> str:
-    """Overall scores in one line each."""
-    overall = summary["overall"]
-    names = {
-        "rouge_l": "ROUGE-L, best reference",
-        "rouge_l_first": "ROUGE-L, first reference",
-        "exact_match": "exact match, classification",
-    }
-    lines = [f"SuperNI: {overall['tasks']} tasks, {overall['instances']} instances"]
-    for metric, label in names.items():
-        if metric in overall:
-            error = overall[metric]["standard_error"]
-            lines.append(f"  {label}: {overall[metric]['mean']:.2f}" + (f" +- {error:.2f}" if error is not None else ""))
-    return "\n".join(lines)
+def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], baseline: Baseline, data: Sequence[dict]) -> None:
+    """Add the comparison to the record beside each file of rollouts, and print it; a comparison that is there already stays.
+
+    A record's "baseline" holds what `compare_totals` found, the baseline's file, and a fingerprint of all that the comparison depends on.
+    Checkpoints whose proxies are the same share one, so that its encoder loads once.
+    """
+    from parts.baseline import compare_totals, describe_comparison
+    from parts.rewards import reward_batch
+    from parts.scores import proxy_facts
+
+    rewards, instructions = {}, [row["instruction"] for row in data]
+    files = [file_digest(settings.baseline_model_file), file_digest(settings.data_path)]
+    for job in jobs:
+        length = job.checkpoint.trained.get("output_max_length", 512)
+        proxy = baseline.proxies[job.checkpoint]
+        facts = proxy_facts(proxy, job.template, length)
+        meta = job.checkpoint.meta
+        fingerprint = digest([facts, *files, file_digest(job.target)])
+        if meta.get("baseline", {}).get("fingerprint") == fingerprint:
+            continue
+        if digest(facts) not in rewards:
+            rewards[digest(facts)] = proxy.load_reward(job.template, length, settings.device or None)
+        score = rewards[digest(facts)].score
+        ours, theirs = (
+            score(reward_batch(instructions, [row["output"] for row in rows], data)) for rows in (job.checkpoint.rows, baseline.rows)
+        )
+        found = compare_totals(ours, theirs)
+        write_json(meta_path(job.target), {**meta, "baseline": {**found, "file": settings.baseline_model_file, "fingerprint": fingerprint}})
+        print(f"{job.target} beside {settings.baseline_model_file}")
+        print(describe_comparison(found))
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-
-
-def target_of(adapter: Path, evaluation: str) -> Path:
-    """The file of an evaluation's rows in a checkpoint's folder."""
-    alpaca = rollouts_path(adapter)
-    return alpaca if evaluation == "alpaca" else alpaca.with_name(f"superni-{alpaca.parent.name}.json")
 
 
 def main() -> None:
@@ -336,26 +375,13 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, description=__doc__)
 
     # 1. Everything a user can get wrong, before any model loads.
-    adapters = find_adapters(settings.peft_model_name)
-    decodings = {evaluation: read_decoding(settings, evaluation) for evaluation in settings.evaluations}
-    trained = {
-        path: read_json(path / "training_record.json")["settings"] if (path / "training_record.json").is_file() else {} for path in adapters
-    }
+    checkpoints = find_adapters(settings.peft_model_name)
+    for evaluation in settings.evaluations:
+        read_decoding(settings, evaluation)
     data, baseline, instances = [], None, []
     if "alpaca" in settings.evaluations:
-        if not Path(settings.data_path).is_file() and settings.data_path == "data/alpaca_eval.json":
-            raise InputError(
-                f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
-            )
-        data = check_rows(settings.data_path, {"instruction": None}, against=training_files(adapters))
-    if settings.baseline_model_file and "alpaca" in settings.evaluations:
-        baseline = match_rows(settings.baseline_model_file, [row["instruction"] for row in data], {"output": None}, settings.data_path)
-        from reward_model import proxy_of_run
-
-        for path in adapters:
-            proxy = proxy_of_run(trained[path])
-            proxy.check_reward()
-            read_rows(settings.data_path, proxy.dataset_fields)
+        data = read_instructions(settings, checkpoints)
+        baseline = read_baseline(settings, checkpoints, data) if settings.baseline_model_file else None
     if "superni" in settings.evaluations:
         from parts.superni import read_instances
 
@@ -363,105 +389,33 @@ def main() -> None:
     check_model_name(settings.base_model_name)
     check_device(settings.device)
 
-    from parts.chat_templates import encode_prompts, load_template
-    from parts.generation import HFEngine, VLLMEngine
-    from parts.models import load_tokenizer
-
-    tokenizer = load_tokenizer(trained[adapters[0]].get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
-    names = {path: settings.chat_template_name or trained[path].get("chat_template_name", "alpaca") for path in adapters}
-    by_name = {name: load_template(name, tokenizer) for name in set(names.values())}
-
     # 2. What there is to do: a file that is there already is either what this call would make, or in its way.
     import torch
+    from accelerate import PartialState
 
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoints[0].trained.get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
+    names = {point: settings.chat_template_name or point.trained.get("chat_template_name", "alpaca") for point in checkpoints}
+    templates = {point: load_template(name, tokenizer) for point, name in names.items()}
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, device)
+    waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
 
-    @functools.cache
-    def prompts_of(evaluation: str, template_name: str) -> list[list[int]]:
-        template = by_name[template_name]
-        if evaluation == "alpaca":
-            return encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
-        return [superni_prompt(instance, template, tokenizer) for instance in instances]
+    # 3. One engine for all checkpoints; their rollouts and files, one after the other.
+    processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files
+    if waiting:
+        engine = load_engine(settings, tokenizer, waiting, device, processes)
+        for job in waiting:
+            responses = generate_all(job, engine, settings.seed, processes)
+            if responses is not None:
+                write_rollouts(job, settings, responses, data, instances, engine)
 
-    jobs = []
-    for adapter in adapters:
-        weights = next((adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()), None)
-        if weights is None:
-            raise InputError(f"{adapter}: no adapter_model.safetensors, expected a checkpoint folder")
-        for evaluation in settings.evaluations:
-            decoding, target = decodings[evaluation], target_of(adapter, evaluation)
-            prompts = prompts_of(evaluation, names[adapter])
-            facts = {
-                "base": settings.base_model_name,
-                "adapter": [file_digest(weights), file_digest(adapter / "adapter_config.json")],
-                "engine": [settings.engine, torch.device(device).type],
-                "decoding": asdict(decoding),
-                "seed": settings.seed,
-                "prompts": digest(prompts),
-            }
-            fingerprint = digest(facts)
-            meta = target.with_suffix(".meta.json")
-            if target.exists() and not settings.overwrite:
-                if not meta.is_file() or read_json(meta).get("fingerprint") != fingerprint:
-                    raise InputError(f"{target}: exists already, made otherwise (--overwrite=true replaces it)")
-                print(f"{target}: is there already, made as it would be now")
-                continue
-            jobs.append((adapter, evaluation, target, prompts, fingerprint))
-    if not jobs:
-        return
-
-    # 3. One engine for all checkpoints.
-    processes = start_processes()
-    if settings.engine == "vllm":
-        longest = 2048 + max(decoding.max_new_tokens for decoding in decodings.values())
-        engine = VLLMEngine(settings.base_model_name, tokenizer, [str(path) for path in adapters], longest)
-    else:
-        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        own = own_gpu if device == "cuda" else device
-        engine = HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None)
-
-    # 4. Rollouts and files, checkpoint by checkpoint.
-    for adapter, evaluation, target, prompts, fingerprint in jobs:
-        template, decoding = by_name[names[adapter]], decodings[evaluation]
-        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, fingerprint, processes)
-        if responses is None:
-            continue
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        record = provenance(
-            seed=settings.seed,
-            dtype=engine.dtype,
-            model=settings.base_model_name,
-            adapter=str(adapter),
-            engine=engine.name,
-            template=template.name,
-            decoding=asdict(decoding),
-            data_path=settings.data_path if evaluation == "alpaca" else settings.superni_dir,
-            rows=len(prompts),
-            eos_rate=statistics.fmean(response[-1] == tokenizer.eos_token_id for response in responses),
-            response_tokens=statistics.fmean(map(len, responses)),
-            fingerprint=fingerprint,
-            settings=asdict(settings),
-        )
-        if evaluation == "alpaca":
-            rows = alpaca_rows(data, texts, adapter.name)
-            if baseline:
-                record["baseline"] = compare_with_baseline(rows, baseline, data, trained[adapter], template, settings.device)
-                print(describe_comparison(record["baseline"]))
-        else:
-            from parts.superni import score, summarise
-
-            scores = [score(instance, text.strip()) for instance, text in zip(instances, texts)]
-            rows = [
-                {"task": instance.task, "id": instance.number, "prediction": text.strip(), "references": list(instance.references), **found}
-                for instance, text, found in zip(instances, texts, scores)
-            ]
-            record["summary"] = summarise(instances, scores)
-            print(describe_superni(record["summary"]))
-        write_json(target.with_suffix(".meta.json"), record)
-        write_json(target, rows)
-        shutil.rmtree(target.with_name(f"{target.name}.partial"))
-        print(target)
-    processes.wait()
+    # 4. The comparison with another model's outputs, of finished rollouts too.
+    if baseline is not None and processes.is_main_process:
+        compare_with_baseline(settings, [job for job in jobs if job.evaluation == "alpaca"], baseline, data)
+    processes.wait_for_everyone()
 
 
 if __name__ == "__main__":

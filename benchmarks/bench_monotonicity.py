@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from eval_monotonicity import MonotonicitySettings, find_checkpoints, read_run, score_gold, score_proxies
+from eval_monotonicity import MonotonicitySettings, choose_checkpoints, read_run, score_gold, score_proxies
 from parts.cpu_speed import OneDNNLinear
 from parts.files import REPOSITORY
 from parts.gold_models import encode_conversation
@@ -105,7 +105,7 @@ def main() -> None:
             cold[dtype] = ours(replace(eleven, steps=list(range(1, 11))))
             plain = plain or one_row_at_a_time(read_run(eleven, "run"))
             added[dtype] = ours(eleven)
-            rows = len(find_checkpoints(eleven, "run")[0].rows)
+            rows = len(choose_checkpoints(eleven, "run")[0].rows)
     print(f"one row at a time, fp32: ten checkpoints of {rows} rows {plain[9]:.1f} s, eleven {plain[10]:.1f} s")
     for dtype in cold:
         print(f"gold in {dtype}: ten checkpoints {cold[dtype]:.1f} s, {plain[9] / cold[dtype]:.2f} times as fast; one checkpoint added "

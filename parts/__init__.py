@@ -5,9 +5,9 @@ floor 0, ground
     files             text, JSON, CSV in; atomic writes out; digests
     cli               command lines and YAML files into dataclasses of settings
     cpu_speed         faster linear layers on some CPUs
-floor 1, rows, runs and models
     rows              files of rows, read one at a time, and what is wrong with each
-    runs              a run's layout on disk; what every output records
+floor 1, runs and models
+    runs              a run's layout on disk, its checkpoints; what every output records
     models            models by name: which can be loaded, where they run, their tokenizers
     chat_templates    prompts
     overlap           ROUGE-L and BLEU
@@ -17,12 +17,14 @@ floor 2, what the stages are made of
     relevance         the sentence encoder of the relevances
     gold_models       gold reward models
     qtype_classifier  query types told by a model
-    superni           Super-NaturalInstructions
+    superni           Super-NaturalInstructions: its prompts, scores and summary
     bundled_models    models from packages, for machines without a hub
     ppo_trainer       TRL's PPOTrainer, faster
     ppo_state         saving and resuming PPO
     rank_statistics   SpearmanR and what surrounds it
     scores            scores kept by row
+floor 3, what is said of scores
+    baseline          rollouts beside another model's outputs
     designs           proxy designs against a leaderboard
-    report            the figure and the page of a scored run
+    report            the lines, the figure and the page of a scored run
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.errors import InputError
-from parts.rank_statistics import bootstrap_interval, kendall, permutation_pvalue, spearman
+from parts.rank_statistics import bootstrap_interval, kendall, permutation_pvalue, spearman, table_text
 from parts.rows import read_rows
 
 SWITCHES = {
@@ -36,6 +36,38 @@ def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:
     return systems
 
 
+def ranked_systems(systems: Mapping[str, object], board: Mapping[str, Mapping[str, float]], path: str) -> dict[str, list[str]]:
+    """The systems that each column of a leaderboard has a score for, of the columns with at least three.
+
+    Args:
+        systems: by name.
+        board: {column: {system: score}}.
+        path: the file of the leaderboard, for the messages.
+
+    Raises:
+        InputError: a system that no column has, or no column with three of the systems.
+    """
+    for name in systems:
+        if not any(name in scores for scores in board.values()):
+            raise InputError(f"{path}: no score for the system {name!r}")
+    ranked = {column: [name for name in systems if name in scores] for column, scores in board.items()}
+    ranked = {column: names for column, names in ranked.items() if len(names) >= 3}
+    if not ranked:
+        raise InputError(f"{path}: fewer than 3 of the systems in every column, expected at least 3 for a correlation")
+    return ranked
+
+
+def shared_instructions(systems: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The instructions that every system answered, in the order of the first. Raises InputError for fewer than two."""
+    instructions = [text for text in next(iter(systems.values())) if all(text in outputs for outputs in systems.values())]
+    if len(instructions) < 2:
+        raise InputError(f"--rollouts: {len(instructions)} instructions that all {len(systems)} files have, expected at least 2")
+    most = max(map(len, systems.values()))
+    if len(instructions) < most:
+        print(f"{len(instructions)} of {most} instructions are in every file, and count")
+    return instructions
+
+
 def all_designs() -> dict[str, dict[str, bool]]:
     """The sixteen on/off settings of the four switches, by name: "LI * RP * relevance, branching" and so on."""
     designs = {}
@@ -50,6 +82,44 @@ def design_totals(reward, design: Mapping[str, bool], tables: Sequence[Mapping[s
     """[systems, rows] rewards under a design, from components that `score(..., every_feature=True)` of the full design gave."""
     variant = reward.variant(**design)
     return np.array([[variant.compose(dict(zip(table, row))) for row in zip(*table.values())] for table in tables])
+
+
+def rank_designs(
+    totals: Mapping[str, np.ndarray],
+    systems: Sequence[str],
+    board: Mapping[str, Mapping[str, float]],
+    ranked: Mapping[str, Sequence[str]],
+) -> dict[str, dict[str, dict]]:
+    """{design: {column: what `rank_correlation` says}}.
+
+    Args:
+        totals: design to [systems, rows] rewards.
+        systems: their names, in the order of the rewards.
+        board: {column: {system: score}}.
+        ranked: column to the systems that count in it.
+    """
+    places = {name: place for place, name in enumerate(systems)}
+    return {
+        design: {
+            column: rank_correlation(rewards[[places[name] for name in names]], [board[column][name] for name in names])
+            for column, names in ranked.items()
+        }
+        for design, rewards in totals.items()
+    }
+
+
+def describe_designs(found: Mapping[str, Mapping[str, dict]]) -> str:
+    """A table of SpearmanR, a row a design and a column a gold; then one line on the best design of each gold."""
+    lines = [table_text([{"design": name, **{column: entry["spearman"] for column, entry in row.items()}} for name, row in found.items()])]
+    for column in next(iter(found.values())):
+        defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
+        if defined:
+            best = min(defined, key=lambda design: (-defined[design]["spearman"], len(design)))  # of equals the simplest
+            entry = defined[best]
+            interval = "" if entry["interval"] is None else ", 95% interval over prompts {:.3f} to {:.3f}".format(*entry["interval"])
+            lines.append(f"{column}: SpearmanR {entry['spearman']:.3f} for {best}, n = {entry['systems']} systems, permutation p "
+                         f"{entry['exact_pvalue']:.4g}{interval}")  # fmt: skip
+    return "\n".join(lines)
 
 
 def rank_correlation(totals: np.ndarray, scores: Sequence[float]) -> dict:

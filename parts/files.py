@@ -65,7 +65,8 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_digest(*paths: str | Path) -> str:

@@ -28,11 +28,12 @@ from safetensors.torch import load_file, save_file
 
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
+from parts.runs import RECORD, interrupted_path
+from parts.runs import checkpoints_of as folders_of
 
 if TYPE_CHECKING:
     from parts.ppo_trainer import FastPPOTrainer
 
-RECORD = "training_record.json"
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
             "output_dir", "logging_dir", "exp_name", "embedding_cache"}  # fmt: skip
@@ -45,14 +46,12 @@ IN_THE_STATE = ("learning_rate", "use_optimizer_setup", "warmup_ratio", "init_kl
 
 def checkpoints_of(output_dir: str) -> list[Path]:
     """The run's finished checkpoints <output_dir>_step_<k>, by step."""
-    output = Path(output_dir)
-    found = [path for path in output.parent.glob(f"{output.name}_step_*") if (path / RECORD).is_file()]
-    return sorted(found, key=lambda path: read_json(path / RECORD)["step"])
+    return [point.folder for point in folders_of(output_dir) if (point.folder / RECORD).is_file()]
 
 
 def interrupted(output_dir: str) -> Path:
     """Where a run that was asked to stop between two checkpoints keeps its state."""
-    return Path(f"{output_dir}_interrupted")
+    return interrupted_path(output_dir)
 
 
 def find_resumable(output_dir: str, which: str) -> Path | None:

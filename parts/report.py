@@ -1,4 +1,4 @@
-"""What a scored run looks like: one figure for a paper, and one page that holds everything, the rollouts included.
+"""What is said of a scored run: lines on the console, one figure for a paper, and one page that holds everything, the rollouts included.
 
 The page (assets/report.html.jinja) asks the network for nothing. Its data are JSON inside it: one block of curves and statistics, and
 one block of rollouts per run, which is read only when that run is looked at.
@@ -18,12 +18,98 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from parts.files import REPOSITORY, atomic_path
-from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve_band
+from parts.files import REPOSITORY, atomic_path, write_json
+from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve, curve_band, gains, spearman, table_text
 
 PROXY_STYLE = ("o-", "#0b6fb8")
 GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))
 COLUMN_WIDTH = 3.4  # inches: a column of a two-column paper
+
+
+# ------------------------------------------------------------------------------------------------------------ the console
+
+
+def print_run(run: ScoredRun) -> None:
+    """The curve of a run as a table, what it gained, and its correlations."""
+    print(f"\n{run.name}")
+    print(table_text(curve(run), whole=("step", "rows")))
+    steps = run.steps
+    for name, gain in gains(run).items():
+        print(f"{name}: step {steps[-1]} minus step {steps[0]}: {gain['difference']:+.4f}, standard error {gain['standard_error']:.4f} "
+              f"(paired over {run.proxy.shape[1]} rows)")  # fmt: skip
+    for name, found in run.found.items():
+        if len(run.gold) > 1:
+            print(f"-- gold {name}")
+        print(describe(found, steps))
+    if len(run.gold) > 1:
+        names, curves = list(run.gold), [scores.mean(axis=1) for scores in run.gold.values()]
+        print(f"the golds among themselves: SpearmanR {_shown(spearman(*curves[:2]))} between {names[0]} and {names[1]}")
+
+
+def print_together(both: dict[str, dict], count: int) -> None:
+    """What `rank_statistics.together` says of `count` runs, one line a gold."""
+    print("\ntogether")
+    for name, entry in both.items():
+        if entry["mean"] is None:
+            print(f"gold {name}: SpearmanR of a run is undefined, and so is their mean")
+            continue
+        print(f"gold {name}: mean SpearmanR {entry['mean']:.3f} over {count} runs, standard error {entry['standard_error']:.3f}, "
+              f"p over drawn orders {entry['pvalue']:.4g}; SpearmanR of the mean curves {_shown(entry['mean_curves'])}")  # fmt: skip
+
+
+def describe(found: dict, steps: list[int]) -> str:
+    """The correlations in words, the published line first."""
+    if found["spearman"] is None:
+        return "SpearmanR is undefined: every checkpoint has the same mean proxy or the same mean gold score"
+    orders = "all" if found["n"] <= EXACT_UP_TO else "drawn"
+    lines = [
+        f"SignificanceResult(statistic={found['spearman']}, pvalue={found['pvalue']})",
+        f"n = {found['n']} checkpoints of one run; p over {orders} orders of them {found['exact_pvalue']:.4g}, "
+        f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
+    ]
+    if found.get("interval"):
+        lines.append("95% interval of SpearmanR over prompts drawn anew: {:.3f} to {:.3f}".format(*found["interval"]))
+    if found.get("by_qtype"):
+        parts = (f"{qtype} {_shown(part['spearman'])} ({part['rows']} rows)" for qtype, part in found["by_qtype"].items())
+        lines.append(f"SpearmanR by query type: {', '.join(parts)}")
+    if found.get("agreement") and found["agreement"]["share"] is not None:
+        share, rows = found["agreement"]["share"], found["agreement"]["rows"]
+        lines.append(f"prompt by prompt, gold moved with the proxy from step {steps[0]} to {steps[-1]} in {share:.1%} of {rows}")
+    if found["turning_point"] is not None:
+        lines.append(f"gold peaks at step {found['turning_point']} while the proxy rises beyond it, a sign of over-optimisation")
+    return "\n".join(lines)
+
+
+def _shown(rho: float | None) -> str:
+    """A correlation with three digits, or "undefined"."""
+    return "undefined" if rho is None else f"{rho:.3f}"
+
+
+# -------------------------------------------------------------------------------------------------------------- the files
+
+
+def write_run(folder: Path, run: ScoredRun, record: dict) -> None:
+    """Write monotonicity.json, monotonicity.png and report.html of one run, and print where the page is."""
+    per_row = {
+        "proxy": {step: scores.tolist() for step, scores in zip(run.steps, run.proxy)},
+        "gold": {
+            name: {step: scores.tolist() for step, scores in zip(run.steps, table)}
+            for name, table in run.gold.items()
+            if table.shape == run.proxy.shape
+        },
+    }
+    content = {"name": run.name, "spearman": run.found, "gains": gains(run), "curve": curve(run), "per_row": per_row, "provenance": record}
+    write_json(folder / "monotonicity.json", content)
+    draw(folder / "monotonicity.png", run, record)
+    write_report(folder / "report.html", [run], None, record)
+    print(folder / "report.html")
+
+
+def write_together(folder: Path, runs: Sequence[ScoredRun], both: dict[str, dict], record: dict) -> None:
+    """Write monotonicity.json and report.html of several runs, and print where the page is."""
+    write_json(folder / "monotonicity.json", {"together": both, "provenance": record})
+    write_report(folder / "report.html", runs, both, record)
+    print(folder / "report.html")
 
 
 # ------------------------------------------------------------------------------------------------------------- the figure
@@ -104,7 +190,7 @@ def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None,
     Args:
         target: the file.
         runs: at least one; the page switches between them by name.
-        together: what `monotonicity.together` says of several runs; None for one.
+        together: what `rank_statistics.together` says of several runs; None for one.
         record: shown as provenance, whatever it holds.
     """
     environment = Environment(

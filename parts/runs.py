@@ -1,26 +1,223 @@
-"""A run's layout on disk, and what every output records of how it was made."""
+"""A run's layout on disk, and what every output records of how it was made.
+
+A run is named by `--output_dir`, `outputs/full` for example. It leaves
+
+    outputs/full_step_<k>/                           a checkpoint: an adapter and training_record.json (`parts.ppo_state`)
+        alpaca-eval-full_step_<k>.json               its rollouts, from evaluation.py
+        superni-full_step_<k>.json                   its answers to Super-NaturalInstructions, from evaluation.py
+        <either>.meta.json                           how they were made
+        <either>.json.partial/                       the rows that an unfinished evaluation has so far, a file for each process
+        alpaca-eval-full_step_<k>.scores.jsonl       the rollouts' scores, from eval_monotonicity.py
+    outputs/full_interrupted/                        the state of a run that was stopped between two checkpoints
+
+No other module spells one of these names.
+"""
 
 from __future__ import annotations
 
+import glob
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from parts.files import REPOSITORY
+from parts.errors import InputError
+from parts.files import REPOSITORY, read_json, read_text
+from parts.rows import read_rows
 
+RECORD = "training_record.json"
+ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter's
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "datasets", "huggingface_hub", "openai",
     "scikit-learn", "nltk", "numpy", "scipy",
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- names
+
+
+def step_path(output_dir: str | Path, step: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return Path(f"{Path(output_dir)}_step_{step}")
+
+
+def interrupted_path(output_dir: str | Path) -> Path:
+    """The folder of the state of a run that was stopped between two checkpoints."""
+    return Path(f"{Path(output_dir)}_interrupted")
 
 
 def rollouts_path(checkpoint: str | Path) -> Path:
-    """Where a checkpoint's AlpacaEval rollouts are; `<same>.meta.json` beside them records how they were made."""
-    checkpoint = Path(os.path.abspath(checkpoint))
-    return checkpoint / f"alpaca-eval-{checkpoint.name}.json"
+    """The file of a checkpoint's AlpacaEval rollouts."""
+    return _output_path(checkpoint, "alpaca-eval")
+
+
+def superni_path(checkpoint: str | Path) -> Path:
+    """The file of a checkpoint's answers to Super-NaturalInstructions."""
+    return _output_path(checkpoint, "superni")
+
+
+def _output_path(checkpoint: str | Path, kind: str) -> Path:
+    folder = Path(os.path.abspath(checkpoint))
+    return folder / f"{kind}-{folder.name}.json"
+
+
+def meta_path(output: str | Path) -> Path:
+    """The file that records how an output was made."""
+    return Path(output).with_suffix(".meta.json")
+
+
+def scores_path(rollouts: str | Path) -> Path:
+    """The file of the scores of a file of rollouts."""
+    return Path(rollouts).with_suffix(".scores.jsonl")
+
+
+def partial_path(output: str | Path) -> Path:
+    """The folder of what an unfinished evaluation has so far of an output."""
+    return Path(f"{output}.partial")
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder, or any PEFT adapter's: what is in it is read when it is asked for."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return Path(os.path.abspath(self.folder)).name
+
+    @property
+    def run(self) -> str | None:
+        """The `full` of `full_step_<k>`; None for a folder of another name."""
+        return match[1] if (match := _STEP.fullmatch(self.name)) else None
+
+    @property
+    def step(self) -> int | None:
+        """The `<k>` of `full_step_<k>`; None for a folder of another name."""
+        return int(match[2]) if (match := _STEP.fullmatch(self.name)) else None
+
+    @property
+    def record(self) -> dict:
+        """The record of the training run; empty for a folder that `run_ppo.py` did not write."""
+        path = self.folder / RECORD
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def trained(self) -> dict:
+        """The settings of the training run; empty where there is no record of them."""
+        return self.record.get("settings", {})
+
+    @property
+    def rollouts(self) -> Path:
+        return rollouts_path(self.folder)
+
+    @property
+    def scores(self) -> Path:
+        return scores_path(self.rollouts)
+
+    @property
+    def meta(self) -> dict:
+        """How the rollouts were made; empty for rollouts that `evaluation.py` did not write."""
+        path = meta_path(self.rollouts)
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        """The rollouts in file order, read once. Raises InputError where they cannot be used."""
+        return read_rows(self.rollouts, {"instruction": None, "output": None})
+
+
+_STEP = re.compile(r"(.+)_step_(\d+)", re.DOTALL)
+
+
+def find_checkpoints(pattern: str) -> list[Checkpoint]:
+    """The folders that a glob pattern stands for. Numbers in names sort as numbers, so that step 500 stands before step 1000."""
+
+    def order(path: str) -> list[str | int]:  # texts and numbers in turn, so that like is compared with like
+        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", path))]
+
+    paths = [Path(path) for path in sorted(glob.glob(pattern), key=order)]  # noqa: PTH207 - absolute patterns too
+    return [Checkpoint(path) for path in paths if path.is_dir()]
+
+
+def checkpoints_of(output_dir: str | Path) -> list[Checkpoint]:
+    """The folders <output_dir>_step_<k>, by step."""
+    found = find_checkpoints(glob.escape(f"{Path(output_dir)}_step_") + "*")
+    return [point for point in found if point.run == Path(output_dir).name]
+
+
+def find_adapters(patterns: Sequence[str]) -> list[Checkpoint]:
+    """The adapter folders that names and patterns stand for, each once, in order (of steps, within a pattern).
+
+    Raises:
+        InputError: a name that is no adapter folder, or a pattern that matches none.
+    """
+    adapters: list[Checkpoint] = []
+    for pattern in patterns:
+        matches = [Checkpoint(Path(pattern))]
+        if glob.has_magic(pattern):
+            matches = [point for point in find_checkpoints(pattern) if (point.folder / ADAPTER).is_file()]
+            if not matches:
+                raise InputError(f"{pattern}: matches no checkpoint folder")
+        for point in matches:
+            if not (point.folder / ADAPTER).is_file():
+                raise InputError(f"{point.folder}: no {ADAPTER}, expected a checkpoint folder")
+            if point not in adapters:
+                adapters.append(point)
+    return adapters
+
+
+def require_comparable(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises InputError for rollouts that were made otherwise than the first's: on other instructions, or with other settings."""
+    first = checkpoints[0]
+    for point in checkpoints[1:]:
+        if len(point.rows) != len(first.rows):
+            raise InputError(f"{point.rollouts}: {len(point.rows)} rows, expected {len(first.rows)} as at step {first.step}")
+        for number, (row, other) in enumerate(zip(point.rows, first.rows), start=1):
+            if row["instruction"] != other["instruction"]:
+                raise InputError(f"{point.rollouts}: row {number}: another instruction than at step {first.step}")
+        for name in ("decoding", "template", "engine", "dtype"):
+            own, other = point.meta.get(name), first.meta.get(name)
+            if own != other:
+                raise InputError(f"{point.rollouts}: {name} is {own}, expected {other} as at step {first.step}")
+
+
+KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
+
+
+def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
+    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
+
+    The metrics of a step are of rollouts drawn before its update: those of checkpoint k stand at step k + 1. A batch is small, so the
+    mean over `KL_WINDOW` steps on either side is taken.
+
+    Args:
+        trained: the settings of the run; empty where there is no record of them.
+        steps: of the checkpoints.
+    """
+    path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
+    if not trained or not path.is_file():
+        return [None] * len(steps)
+    lines = map(json.loads, filter(None, read_text(path).split("\n")))
+    logged = {line["step"]: line["objective/kl"] for line in lines if "objective/kl" in line}
+    kl: list[float | None] = []
+    for step in steps:
+        near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]
+        kl.append(0.0 if step == 0 else sum(near) / len(near) if near else None)
+    return kl
+
+
+# ------------------------------------------------------------------------------------------------------------ provenance
 
 
 def provenance(**facts: object) -> dict:

@@ -2,12 +2,11 @@
 
 `<rollouts>.scores.jsonl` is written line by line: a line of facts for each scorer (a gold model with its weights' digest and settings, a
 proxy with its settings and code), then one line a row: {"scorer", "text", "row", "score" or the proxy's components}. A row's score is found again
-by its scorer and its text; whatever changes in either is scored anew. An interruption loses at most one batch.
+by its scorer and its text; whatever changes in either is scored again. An interruption loses at most one batch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from parts.chat_templates import ChatTemplate
 from parts.errors import InputError
-from parts.files import digest, read_csv, read_text
+from parts.files import JsonLines, digest, read_csv
 from parts.rows import read_rows, require_finite
 from parts.runs import provenance
 
@@ -26,7 +25,7 @@ class ScoreStore:
     """One scorer's scores in a file that several scorers may share.
 
     Args:
-        path: the file; it is made with the first score. A last line that an interruption cut short is dropped.
+        path: the file; it is made with the first score.
         facts: all that a score depends on besides the row's own texts.
 
     Raises:
@@ -34,42 +33,27 @@ class ScoreStore:
     """
 
     def __init__(self, path: str | Path, facts: Mapping) -> None:
-        self.path = Path(path)
+        self.log = JsonLines(path)
         self.facts = dict(facts)
         self.scorer = digest(self.facts)
         self.found: dict[str, dict] = {}
         self.introduced = False
-        if self.path.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        text = read_text(self.path)
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.split("\n")[:-1], start=1):
+        for number, row in enumerate(self.log.read(), start=1):
             try:
-                row = json.loads(line)
                 if row["scorer"] == self.scorer:
                     self.introduced |= "facts" in row
                     if "text" in row:
                         self.found[row["text"]] = row["score"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}: line {number} is no score, expected what eval_monotonicity.py writes; delete it") from None
+            except (KeyError, TypeError):
+                raise InputError(f"{path}: line {number} is no score, expected what eval_monotonicity.py writes; delete it") from None
 
     def add(self, rows: Sequence[tuple[int, str, object]]) -> None:
         """Append (row from 1, name of its texts, score) and remember them."""
         lines = [] if self.introduced else [{"scorer": self.scorer, "facts": self.facts, "provenance": provenance()}]
         lines += [{"scorer": self.scorer, "text": text, "row": row, "score": score} for row, text, score in rows]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        self.log.append(*lines)
         self.introduced = True
         self.found |= {text: score for _, text, score in rows}
-
-
-def scores_path(rollouts: str | Path) -> Path:
-    """Where the scores of a file of rollouts are."""
-    return Path(rollouts).with_suffix(".scores.jsonl")
 
 
 def score_rows(

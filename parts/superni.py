@@ -1,4 +1,4 @@
-"""Super-NaturalInstructions, the alignment tax: reading the benchmark's folder, and its scores.
+"""Super-NaturalInstructions, the alignment tax: reading the benchmark's folder, its prompts, and its scores.
 
 The folder is a clone of allenai/natural-instructions: `splits/default/test_tasks.txt` names the tasks, `tasks/<task>.json` holds each.
 Scores follow the benchmark (Wang et al. 2022): ROUGE-L F1 with stemming and exact match of normalised text, each against the best of an
@@ -13,10 +13,17 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from parts.chat_templates import ChatTemplate, encode_prompts
 from parts.errors import InputError
 from parts.files import read_json, read_text
 from parts.overlap import rouge_l
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_TOKENS = 512  # the longest prompt
 
 # The categories whose answers are labels: the benchmark reports exact match on these.
 CLASSIFICATION = {
@@ -83,6 +90,28 @@ def _instances(path: Path, name: str, limit: int) -> list[Instance]:
     return found
 
 
+def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
+    (tokens,) = encode_prompts(tokenizer, [template.render(instance.instruction)])
+    text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
+    excess = len(tokens) - PROMPT_TOKENS
+    while excess > 0 and text_tokens:
+        text_tokens = text_tokens[: max(0, len(text_tokens) - excess)]
+        shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
+        (tokens,) = encode_prompts(tokenizer, [template.render(shorter)])
+        excess = len(tokens) - PROMPT_TOKENS
+    return tokens
+
+
+def superni_rows(instances: Sequence[Instance], predictions: Sequence[str]) -> list[dict]:
+    """One row an instance: what it is, the prediction, and its scores."""
+    return [
+        {"task": instance.task, "id": instance.number, "prediction": prediction, "references": list(instance.references),
+         **score(instance, prediction)}
+        for instance, prediction in zip(instances, predictions)
+    ]  # fmt: skip
+
+
 def normalise(text: str) -> str:
     """Lower case, no ASCII punctuation, single spaces: what exact match compares."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
@@ -118,6 +147,22 @@ def summarise(instances: Sequence[Instance], scores: Sequence[dict[str, float]])
         "by_category": {name: _over_tasks(members) for name, members in groups.items()},
         "by_task": tasks,
     }
+
+
+def describe_superni(summary: dict) -> str:
+    """The overall scores of `summarise`, one line each."""
+    overall = summary["overall"]
+    names = {
+        "rouge_l": "ROUGE-L, best reference",
+        "rouge_l_first": "ROUGE-L, first reference",
+        "exact_match": "exact match, classification",
+    }
+    lines = [f"SuperNI: {overall['tasks']} tasks, {overall['instances']} instances"]
+    for metric, label in names.items():
+        if metric in overall:
+            error = overall[metric]["standard_error"]
+            lines.append(f"  {label}: {overall[metric]['mean']:.2f}" + (f" +- {error:.2f}" if error is not None else ""))
+    return "\n".join(lines)
 
 
 def _over_tasks(tasks: Iterable[dict]) -> dict:

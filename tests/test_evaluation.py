@@ -18,10 +18,11 @@ import torch
 from conftest import REPOSITORY, ROWS, run_script
 from test_processes import launcher
 
-from evaluation import EvaluationSettings, find_adapters, read_decoding, superni_prompt
+from evaluation import EvaluationSettings, read_decoding
 from parts.errors import InputError
 from parts.files import read_json
-from parts.superni import Instance, normalise, read_instances, score, summarise
+from parts.runs import checkpoints_of, find_adapters
+from parts.superni import Instance, normalise, read_instances, score, summarise, superni_prompt
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,40 @@ def test_a_baseline_is_compared_row_by_row(tiny_model, checkpoints, eval_file, t
     assert "rows (95% interval" in done.stdout
 
 
+def test_a_baseline_named_later_is_compared_without_sampling(tiny_model, checkpoints, eval_file, tmp_path, monkeypatch, capsys):
+    import evaluation
+    import reward_model
+
+    command = words(tiny_model, checkpoints, eval_file)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    metas = [checkpoints / f"run_step_{step}" / f"alpaca-eval-run_step_{step}.meta.json" for step in (2, 10)]
+    before = [read_json(path) for path in metas]
+    assert not any("baseline" in meta for meta in before)
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps([{"instruction": row["input"], "output": "a b c"} for row in ROWS]), encoding="utf-8")
+    command = [str(word) for word in command if word != "--overwrite=true"] + [f"--baseline_model_file={baseline}"]
+    loads = []
+    load = reward_model.RewardSettings.load_reward
+    monkeypatch.setattr(reward_model.RewardSettings, "load_reward", lambda *given: loads.append(1) or load(*given))
+    monkeypatch.setattr(evaluation, "load_engine", None)  # nothing is sampled
+    monkeypatch.setattr(sys, "argv", command)
+
+    def compared() -> str:
+        evaluation.main()
+        return capsys.readouterr().out
+
+    assert compared().count("proxy above the baseline's in") == 2 and len(loads) == 1  # one reward for both checkpoints
+    after = [read_json(path) for path in metas]
+    for old, new in zip(before, after):
+        found = new.pop("baseline")
+        assert new == old and found["rows"] == 6 and found["file"] == str(baseline) and found["baseline"]["length"] == pytest.approx(0.03)
+    assert "proxy above" not in compared() and len(loads) == 1
+    baseline.write_text(json.dumps([{"instruction": row["input"], "output": "a b c d"} for row in ROWS]), encoding="utf-8")
+    assert compared().count("proxy above the baseline's in") == 2
+    assert read_json(metas[0])["baseline"]["baseline"]["length"] == pytest.approx(0.04)
+
+
 # ---------------------------------------------------------------------------------------------------------------- superni
 
 
@@ -255,6 +290,21 @@ def test_settings_of_decoding_and_checkpoints(checkpoints, tmp_path):
     assert [path.name for path in find_adapters([f"{checkpoints}/run_step_*"])] == ["run_step_2", "run_step_10"]
     with pytest.raises(InputError, match="matches no checkpoint folder"):
         find_adapters([f"{tmp_path}/none_*"])
+
+
+def test_steps_sort_as_numbers_within_a_runs_name(tmp_path):
+    names = ["42_step_100", "42_step_1000", "adapter", "full_step_0", "full_step_5_step_3", "full_step_500", "full_step_1000",
+             "seed2_step_10", "seed10_step_2"]  # fmt: skip
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "full_step_x").mkdir()
+    (tmp_path / "full_step_7").write_text("no folder", encoding="utf-8")
+    found = find_adapters([f"{tmp_path}/*"])
+    assert [point.name for point in found] == names
+    assert [point.step for point in found] == [100, 1000, None, 0, 3, 500, 1000, 10, 2]
+    assert [point.step for point in checkpoints_of(tmp_path / "full")] == [0, 500, 1000]
+    assert find_adapters([str(tmp_path / "adapter"), f"{tmp_path}/a*"]) == [found[2]]
 
 
 # ------------------------------------------------------------------------------------------------------------ alpaca_eval

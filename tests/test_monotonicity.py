@@ -10,8 +10,7 @@ from conftest import ROWS, run_script
 
 from eval_monotonicity import (
     MonotonicitySettings,
-    find_checkpoints,
-    read_kl,
+    choose_checkpoints,
     read_run,
     scored_run,
     short_names,
@@ -21,6 +20,7 @@ from parts.chat_templates import load_template
 from parts.errors import InputError
 from parts.files import read_json
 from parts.rank_statistics import ScoredRun, curve, gains, table_text
+from parts.runs import read_kl
 from parts.scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
 from reward_model import ReversedEngineeredRewardForInference, proxy_of_run
 
@@ -39,30 +39,30 @@ def test_checkpoints_are_found_by_number(tmp_path, capsys):
     (tmp_path / "run_step_2000").mkdir()  # no rollouts
     (tmp_path / "run_step_x").mkdir()
     (tmp_path / "rerun_step_500").mkdir()
-    assert [point.step for point in find_checkpoints(settings, "run")] == [500, 1000, 1500, 10000]
+    assert [point.step for point in choose_checkpoints(settings, "run")] == [500, 1000, 1500, 10000]
     assert capsys.readouterr().out == "without rollouts, left out: run, steps 2000\n"
     settings.include_start = True
-    assert [point.step for point in find_checkpoints(settings, "run")] == [0, 500, 1000, 1500, 10000]
+    assert [point.step for point in choose_checkpoints(settings, "run")] == [0, 500, 1000, 1500, 10000]
     settings.steps = [1500, 0, 500]
-    assert [point.step for point in find_checkpoints(settings, "run")] == [0, 500, 1500]
+    assert [point.step for point in choose_checkpoints(settings, "run")] == [0, 500, 1500]
     settings.steps = [500, 1000, 2000]
     with pytest.raises(InputError, match="run_step_2000: no rollouts, expected them from evaluation.py"):
-        find_checkpoints(settings, "run")
+        choose_checkpoints(settings, "run")
 
 
 def test_too_few_checkpoints(tmp_path):
     with pytest.raises(InputError, match="2 checkpoints of run with rollouts, expected at least 3"):
-        find_checkpoints(make_run(tmp_path, [500, 1000]), "run")
+        choose_checkpoints(make_run(tmp_path, [500, 1000]), "run")
 
 
 def test_rollouts_on_other_instructions_are_refused(tmp_path):
     settings = make_run(tmp_path, [500, 1000])
     make_run(tmp_path, [1500], instructions=("a", "c"))
     with pytest.raises(InputError, match="alpaca-eval-run_step_1500.json: row 2: another instruction than at step 500"):
-        find_checkpoints(settings, "run")
+        choose_checkpoints(settings, "run")
     (tmp_path / "run_step_1500" / "alpaca-eval-run_step_1500.json").write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
     with pytest.raises(InputError, match="1 rows, expected 2 as at step 500"):
-        find_checkpoints(settings, "run")
+        choose_checkpoints(settings, "run")
 
 
 def test_rollouts_drawn_otherwise_are_refused(tmp_path):
@@ -73,11 +73,11 @@ def test_rollouts_drawn_otherwise_are_refused(tmp_path):
     with pytest.raises(
         InputError, match="run_step_1500.json: decoding is {'temperature': 1.0}, expected {'temperature': 0.7} as at step 500"
     ):
-        find_checkpoints(settings, "run")
+        choose_checkpoints(settings, "run")
 
 
 def test_the_proxy_is_the_runs_own_unless_a_flag_says_otherwise(tmp_path):
-    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
+    point = choose_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
     assert point.record == {} and proxy_of_run({}, 4).reward_branching is True  # without a record: the paper's full design
     trained = {"repetition_penalty": False, "relevance_scaling": False, "length_target": 20, "output_max_length": 48}
     found = proxy_of_run(trained, 4)
@@ -87,7 +87,7 @@ def test_the_proxy_is_the_runs_own_unless_a_flag_says_otherwise(tmp_path):
 
 
 def test_changed_reward_code_is_said(tmp_path, capsys):
-    point = find_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
+    point = choose_checkpoints(make_run(tmp_path, [1, 2, 3]), "run")[0]
     proxy = proxy_of_run({}, 4)
     for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
         (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
@@ -191,6 +191,7 @@ def test_an_interruption_loses_one_batch(tmp_path):
     whole = path.read_text(encoding="utf-8")
     path.write_text(whole + '{"scorer": "torn', encoding="utf-8")
     store = ScoreStore(path, {})
+    store.add([])  # the first addition cuts off what was torn
     assert sorted(store.found.values()) == [1.0, 2.0] and path.read_text(encoding="utf-8") == whole
     rest = []
     score_rows(store, texts, lambda places: iter([(places, rest.extend(places) or [3.0, 4.0])]), len_of)

@@ -18,6 +18,7 @@ from parts.data_checks import PromptIndex, Tokens, check_rows, examine, index_pr
 from parts.errors import InputError
 from parts.files import file_digest, write_json
 from parts.rows import QTYPES, Problem, iterate_rows
+from parts.runs import Checkpoint
 
 SCRIPT = REPOSITORY / "data" / "validate.py"
 
@@ -187,8 +188,8 @@ def test_evaluation_compares_with_the_files_that_were_trained_on(tmp_path, rows_
     for name, digest in digests.items():
         record = {"settings": {"dataset_path": str(rows_file)}, "data": {"dataset_path": digest}}
         write_json(tmp_path / name / "training_record.json", record)
-    assert training_files([tmp_path / "a", tmp_path / "b", tmp_path / "no_record"]) == [str(rows_file)]
-    assert training_files([tmp_path / "changed"]) == []
+    assert training_files([Checkpoint(tmp_path / name) for name in ("a", "b", "no_record")]) == [str(rows_file)]
+    assert training_files([Checkpoint(tmp_path / "changed")]) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
