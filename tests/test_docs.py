@@ -17,8 +17,9 @@ from markdown_it.token import Token
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "data" / "README.md", *sorted(REPOSITORY.glob("assets/*/README.md"))]
-COMMAND_PAGES = [README, *sorted(REPOSITORY.glob("docs/*.md"))]
+COMMAND_PAGES = [page for page in PAGES if page.parts[-3] != "assets"]
 KEYWORDS = {"do", "done", "then", "fi"}
+ALPACA_EVAL = {"--reference_outputs"}  # flags that the text names without their program
 LAUNCHERS = {"accelerate", "torchrun"}
 
 
@@ -89,7 +90,7 @@ def commands_of(snippet: str) -> list[list[str]]:
 
 @functools.cache
 def flags_of(script: tuple[str, ...]) -> frozenset[str]:
-    """The flags in a script's own `--help`; `script` is what follows `python`."""
+    """The flags in a script's own `--help`; `script` is what follows `python`, and may end in a flag that has a help of its own."""
     done = run_script(*script, "--help")
     assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
     options = [line for line in done.stdout.splitlines() if re.match(r"  -\S", line)]
@@ -132,13 +133,15 @@ def command_problems(words: list[str]) -> list[str]:
     if not exists(path):
         return [f"{path}: no such script"]
     flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
-    return missing + [f"{' '.join(script)} has no {flag}" for flag in flags if flag not in flags_of(script)]
+    absent = [flag for flag in flags if flag not in flags_of(script) and flag not in flags_of((*script, flag, "x"))]
+    return missing + [f"{' '.join(script)} has no {flag}" for flag in absent]
 
 
 def snippet_problems(snippet: str) -> list[str]:
+    """What a shell block or a piece of inline code says that is not so."""
     if re.match(r"--\w", snippet):  # a flag by itself, of whichever script the paragraph is about
-        flags = [word.partition("=")[0] for word in snippet.split() if word.startswith("--")]
-        return [f"no script has {flag}" for flag in flags if not any(flag in flags_of(script) for script in SCRIPTS)]
+        flags = {word.partition("=")[0] for word in snippet.split() if word.startswith("--")} - ALPACA_EVAL
+        return [f"no script has {flag}" for flag in sorted(flags) if not any(flag in flags_of(script) for script in SCRIPTS)]
     try:
         commands = commands_of(snippet)
     except ValueError as error:
@@ -193,6 +196,11 @@ def test_readme_is_short_and_names_every_page():
     assert {f"docs/{page.name}" for page in REPOSITORY.glob("docs/*.md")} <= set(links_of(text))
 
 
+def test_readme_shows_the_kept_diff():
+    shown = [token.content for token in tokens_of(README.read_text(encoding="utf-8")) if token.type == "fence" and token.info == "diff"]
+    assert shown == [(REPOSITORY / "examples" / "damped_length.diff").read_text(encoding="utf-8")]
+
+
 def test_every_logged_metric_is_explained():
     """Those of the kept run, against the first column of the table in docs/ppo.md, where "..." stands for anything."""
     table = re.findall(r"^\| (`.*?) \|", (REPOSITORY / "docs" / "ppo.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -214,6 +222,7 @@ def test_every_logged_metric_is_explained():
         ("python train.py  # python run_ppo.py --bogus\npython data/validate.py FILE --bogus", ["train.py: no such script",
                                                                                             "data/validate.py has no --bogus"]),
         ("python -m parts.bundled_models --bogus x", ["-m parts.bundled_models has no --bogus"]),
+        ("data/annotate_data.py --compare a.json b.json", []),
         ("python -m parts.nothing", ["parts/nothing.py: no such script"]),
         ("evaluation.py --bogus", ["evaluation.py has no --bogus"]),
         ("alpaca_eval --annotators_config x | tee log", []),
