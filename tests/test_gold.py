@@ -10,13 +10,13 @@ from conftest import ROWS, run_script
 from safetensors.torch import load_file
 
 from eval_monotonicity import MonotonicitySettings
+from parts.batching import batches_by_length
 from parts.errors import InputError
 from parts.files import read_json
 from parts.gold_models import (
     GoldSettings,
     SequenceClassificationRMForInference,
     StarlingRMForInference,
-    batches_by_length,
     encode_conversation,
     load_gold_reward_model,
     weights_digest,
@@ -130,7 +130,7 @@ def test_rewards_batch_by_batch(tiny_gold):
 def test_batches_are_smaller_on_a_cpu(tiny_gold, monkeypatch):
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
     assert len(list(gold.iter_rewards(BATCH))) == 1
-    monkeypatch.setattr("parts.gold_models.CPU_BATCH_TOKENS", 60)
+    monkeypatch.setattr("parts.cpu_speed.TOKENS", 60)
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 

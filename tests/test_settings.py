@@ -72,7 +72,8 @@ def test_every_declared_setting_is_read_and_explained(script, cls):
     (load,) = (node for node in ast.walk(shared) if isinstance(node, ast.FunctionDef) and node.name == "load_reward")
     read |= attributes_of(load, "self") if "load_reward" in read else set()
     if script == "run_ppo":  # which hands its settings on
-        read |= attributes_of(ast.parse((REPOSITORY / "parts" / "ppo_state.py").read_text(encoding="utf-8")), "settings")
+        for part in ("ppo_setup", "ppo_state"):
+            read |= attributes_of(ast.parse((REPOSITORY / "parts" / f"{part}.py").read_text(encoding="utf-8")), "settings")
     if script == "eval_monotonicity":  # the proxy's are read by name (`overrides`), gold's by the models
         from reward_model import ProxyOverrides
 
