@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from eval_monotonicity import MonotonicitySettings
 from parts.batching import batches_by_length
+from parts.bradley_terry import bradley_terry_loss
 from parts.errors import InputError
 from parts.files import read_json
 from parts.gold_models import (
@@ -21,13 +22,12 @@ from parts.gold_models import (
     load_gold_reward_model,
     weights_digest,
 )
-from train_gold_rm import (
+from parts.preferences import (
     CUT,
     DAMAGES,
     FOREIGN,
     Pair,
     accuracies,
-    bradley_terry_loss,
     by_prompt,
     damaged_pairs,
     encode_rankings,
