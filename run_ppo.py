@@ -20,6 +20,7 @@ On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from dataclasses import asdict, dataclass
@@ -186,6 +187,7 @@ def start_or_resume(
     """
     from parts import ppo_state
 
+    say = trainer.accelerator.on_main_process(print)
     if trainer.accelerator.is_main_process:
         ppo_state.make_room(settings.output_dir, begin)
         log.keep_until(begin.step if begin.folder else -1)
@@ -195,10 +197,10 @@ def start_or_resume(
         dev_means = development_metrics(start)
         record = ppo_state.run_record(trainer, 0, settings, decoding, start, dev_means)
         ppo_state.save(trainer, f"{settings.output_dir}_step_0", record, dev_rows)
-        trainer.accelerator.print(f"step 0: development {describe(dev_means)}")
+        say(f"step 0: development {describe(dev_means)}")
     else:
         start = ppo_state.load(trainer, begin.folder)["start"]
-        trainer.accelerator.print(f"resumed from {begin.folder}, at step {begin.step}")
+        say(f"resumed from {begin.folder}, at step {begin.step}")
     return start
 
 
@@ -219,9 +221,9 @@ def main() -> None:
     # 2. Data.
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
-    how = (settings.dataset_fields, tokenizer, template, settings.max_prompt_length, settings.long_prompts == "drop")
-    prompts = read_prompts(settings.dataset_path, *how, against=[settings.dev_prompt_path])
-    dev_prompts = read_prompts(settings.dev_prompt_path, *how)
+    limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
+    read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
+    prompts, dev_prompts = read(settings.dataset_path, against=[settings.dev_prompt_path]), read(settings.dev_prompt_path)
 
     # 3. Policy, reference (the policy with its adapter disabled), value head, optimizer: TRL's trainer. Then the reward.
     import torch
@@ -276,20 +278,20 @@ def main() -> None:
         dev_means = development_metrics(dev_moments)
         stats |= {**means, **dev_means}
         trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
-        if accelerator.is_main_process:
-            log.append(step, stats)
+        accelerator.on_main_process(log.append)(step, stats)
         bar.update()
         bar.set_postfix(reward=f"{means['reward/total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
         if last or step % settings.sample_freq == 0:
             say(f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}")
 
-        # 9. Checkpoint, where one is due or a stop was asked for.
+        # 9. Checkpoint, where one is due.
         if scheduled:
             folder = f"{settings.output_dir}_step_{step}"
             ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, dev_means), dev_rows)
-            if accelerator.is_main_process:
-                ppo_state.prune(settings.output_dir, settings.save_total_limit)
+            accelerator.on_main_process(ppo_state.prune)(settings.output_dir, settings.save_total_limit)
             say(f"step {step}: development {describe(dev_means)}; saved {folder}")
+
+        # 10. Stop, where any process was asked to.
         if not last and stop.agreed():
             if not scheduled:
                 folder = str(ppo_state.interrupted(settings.output_dir))
