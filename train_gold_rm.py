@@ -9,21 +9,18 @@ model trained on it as it is learns little else: training pairs are therefore ba
 Pairs of one prompt are ranked together, so that an answer they share is read once and orders the answers that it was not compared
 with; every ranking brings damaged texts: other prompts' answers, and a preferred answer repeating itself or cut short.
 
-The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. Interrupted, the same command goes on from
-the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
+The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. After an interruption the same command resumes
+from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +28,12 @@ from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, read_json, write_json
 from parts.models import adapter_base, check_model_name, loading
-from parts.rows import read_rows
+from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, is_heldout, read_pairs, select_pairs
 from parts.runs import provenance
 
 if TYPE_CHECKING:
-    import torch
-
-FORWARD_TOKENS = 4096  # in one forward pass of training, padding included
-FOREIGN, REPETITION, CUT = DAMAGES = ("another prompt's answer", "repetition", "cut")
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -64,153 +59,6 @@ class GoldTrainingSettings:
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with a better and a worse answer; `kind` is "preference" or the damage done to the worse one."""
-
-    instruction: str
-    chosen: str
-    rejected: str
-    kind: str = "preference"
-    systems: tuple[str, ...] = ()
-
-    @property
-    def longer_wins(self) -> bool:
-        return len(self.chosen) > len(self.rejected)
-
-    @property
-    def similar_length(self) -> bool:
-        """Whether the lengths in characters are within 25% of the longer one."""
-        shorter, longer = sorted((len(self.chosen), len(self.rejected)))
-        return shorter >= 0.75 * longer
-
-
-def read_pairs(path: str) -> list[Pair]:
-    """Preference pairs of a file. Raises InputError naming the row whose preference is not 1 or 2."""
-    pairs = []
-    for number, row in enumerate(read_rows(path, {"instruction": None, "output_1": None, "output_2": None}), start=1):
-        if row.get("preference") not in (1, 2):
-            raise InputError(f"{path}: row {number}: field 'preference' is {row.get('preference')!r}, expected 1 or 2")
-        answers = (row["output_1"], row["output_2"])
-        chosen = answers[row["preference"] - 1]
-        systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
-        pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]], systems=systems))
-    return pairs
-
-
-def is_heldout(instruction: str, share: float) -> bool:
-    """Whether a prompt is held out: decided by a hash of its text, so that it never depends on seed or file order."""
-    digest = hashlib.sha256(instruction.strip().encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def damage(pair: Pair, other_answer: str, kind: str, rng: random.Random) -> Pair:
-    """`pair` with its worse answer replaced by a damaged text."""
-    if kind == FOREIGN:
-        rejected = other_answer
-    else:
-        words = pair.chosen.split(" ")
-        kept = words[: max(1, int(len(words) * rng.uniform(0.2, 0.6)))]
-        rejected = " ".join(kept)
-        if kind == REPETITION:
-            phrase = " ".join(kept[-rng.randint(3, 25) :])
-            while len(rejected) < len(pair.chosen):
-                rejected += " " + phrase
-    return Pair(pair.instruction, pair.chosen, rejected, kind)
-
-
-def damaged_pairs(pairs: list[Pair], kinds: Sequence[str], rng: random.Random) -> list[Pair]:
-    """Every pair damaged, `kinds` in turn; the foreign answer is the preferred one of the next pair of another prompt."""
-    result = []
-    for number, pair in enumerate(pairs):
-        others = (pairs[(number + step) % len(pairs)] for step in range(1, len(pairs)))
-        other = next((other.chosen for other in others if other.instruction != pair.instruction), None)
-        result.append(damage(pair, other or "", kinds[number % len(kinds)] if other is not None else CUT, rng))
-    return result
-
-
-def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rng: random.Random) -> list[Pair]:
-    """`count` pairs that fit, drawn at random, the longer answer winning one half and the shorter the other, in random order."""
-    pairs = rng.sample(pairs, len(pairs))
-    halves = [list(islice((pair for pair in pairs if pair.longer_wins is longer and fits(pair)), count // 2)) for longer in (True, False)]
-    each = min(map(len, halves))
-    return rng.sample(halves[0][:each] + halves[1][:each], 2 * each)
-
-
-def by_prompt(pairs: list[Pair], most: int) -> list[list[Pair]]:
-    """The pairs of each prompt, up to `most` together, prompts in order of first appearance."""
-    prompts: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        prompts.setdefault(pair.instruction, []).append(pair)
-    return [group[start : start + most] for group in prompts.values() for start in range(0, len(group), most)]
-
-
-def implied(comparisons: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """`comparisons` (better, worse), and those that follow through one shared answer, but for what another comparison denies."""
-    follow = {(better, worse) for better, middle in comparisons for other, worse in comparisons if middle == other and better != worse}
-    return comparisons | {(better, worse) for better, worse in follow if (worse, better) not in comparisons}
-
-
-def encode_rankings(groups: list[list[Pair]], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
-    """Each group of one prompt's pairs as token ids of its texts, and who beats whom: preferences, foreign answers, other damages.
-
-    The damaged texts are those of the group's first pair. A foreign answer is worse than all of the group's; the preferred answer
-    that repeats itself or ends early is worse than it was whole.
-    """
-    first = [group[0] for group in groups]
-    damages = [damaged_pairs(first, (FOREIGN,), rng), damaged_pairs(first[::-1], (FOREIGN,), rng)[::-1]]
-    damages.append(damaged_pairs(first, (REPETITION, CUT), rng))
-    rankings = []
-    for group, *damaged in zip(groups, *damages):
-        texts = list(dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected)))
-        comparisons = {"preference": implied({(texts.index(pair.chosen), texts.index(pair.rejected)) for pair in group})}
-        for place, pair in enumerate(damaged, start=len(texts)):
-            better = range(len(texts)) if pair.kind == FOREIGN else [texts.index(pair.chosen)]
-            comparisons.setdefault(pair.kind, set()).update((one, place) for one in better if pair.rejected != texts[one])
-        texts += [pair.rejected for pair in damaged]
-        rankings.append(
-            {
-                "sequences": [encode(group[0].instruction, text) for text in texts],
-                "comparisons": [{"kind": kind, "pairs": sorted(ordered)} for kind, ordered in comparisons.items()],
-            }
-        )
-    return rankings
-
-
-def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Mean of -log sigmoid(chosen - rejected) over [pairs] scores (Bradley and Terry, 1952)."""
-    import torch
-
-    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-
-
-def heldout_sample(pairs: list[Pair], count: int) -> list[Pair]:
-    """What accuracy is measured on: `count` random pairs, `count // 2` more of similar length, `count // 2` damaged ones."""
-    rng = random.Random(0)
-    pairs = rng.sample(pairs, len(pairs))
-    measured, rest = pairs[:count], pairs[count:]
-    similar = [replace(pair, kind="similar length") for pair in rest if pair.similar_length][: count // 2]
-    return measured + similar + [pair for pair in damaged_pairs(measured[: count // 2], DAMAGES, rng) if pair.rejected != pair.chosen]
-
-
-def accuracies(pairs: list[Pair], margins: list[float], heldout_systems: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Share of positive margins with its n: all preferences, those of similar length, by whether the longer wins, each damage."""
-    rows = list(zip(pairs, margins))
-    preferences = [row for row in rows if row[0].kind == "preference"]
-    groups = {
-        "all preferences": preferences,
-        "of systems never trained on": [row for row in preferences if set(row[0].systems) & set(heldout_systems)],
-        "lengths within 25%": [row for row in rows if row[0].kind in ("preference", "similar length") and row[0].similar_length],
-        "longer answer preferred": [row for row in preferences if row[0].longer_wins],
-        "shorter answer preferred": [row for row in preferences if not row[0].longer_wins],
-    }
-    for kind in DAMAGES:
-        groups[f"against {kind}"] = [row for row in rows if row[0].kind == kind]
-    return {
-        name: {"accuracy": sum(margin > 0 for _, margin in group) / len(group), "n": len(group)} for name, group in groups.items() if group
-    }
-
-
 def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
     """Accuracies of the saved adapter, on whole texts, scored through the same class that the gold stage uses."""
     from tqdm import tqdm
@@ -228,20 +76,41 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
     return accuracies(pairs, margins, settings.heldout_systems)
 
 
-def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
-    """Train on a balanced choice of `pairs` and write the adapter to `settings.output_dir`."""
-    import torch
-    from datasets import Dataset
+def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The language model with a scalar head and LoRA, new or those of `start_from`, and its tokenizer.
+
+    Raises:
+        InputError: the language model cannot be loaded.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from parts.gold_models import batches_by_length, encode_conversation
-
-    set_seed(settings.seed)
-    rng = random.Random(settings.seed)
     with loading(settings.model_name, "a language model"):
         tokenizer = AutoTokenizer.from_pretrained(settings.model_name)
         model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1)
+    if settings.start_from:
+        return PeftModel.from_pretrained(model, settings.start_from, is_trainable=True), tokenizer
+    layers = model.config.num_hidden_layers
+    lora = LoraConfig(
+        task_type="SEQ_CLS",
+        r=settings.lora_r,
+        lora_alpha=2 * settings.lora_r,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
+        modules_to_save=["score"],
+    )
+    return get_peft_model(model, lora), tokenizer
+
+
+def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """A balanced choice of `pairs`, each prompt's ranked together, as token ids in random order.
+
+    Raises:
+        InputError: no pair of one half of the balance fits `max_length`.
+    """
+    from parts.gold_models import encode_conversation
+
+    rng = random.Random(settings.seed)
 
     def encode(instruction: str, text: str) -> list[int]:
         return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
@@ -258,48 +127,20 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
     groups = by_prompt(selected, settings.ranked_together)
     rng.shuffle(groups)
     print(f"{len(selected)} training pairs in {len(groups)} rankings")
-    if settings.start_from:
-        model = PeftModel.from_pretrained(model, settings.start_from, is_trainable=True)
-    else:
-        layers = model.config.num_hidden_layers
-        lora = LoraConfig(
-            task_type="SEQ_CLS",
-            r=settings.lora_r,
-            lora_alpha=2 * settings.lora_r,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
-            modules_to_save=["score"],
-        )
-        model = get_peft_model(model, lora)
-    pad = model.config.pad_token_id
+    return encode_rankings(groups, encode, rng)
 
-    def collate(rows: list[dict]) -> dict[str, list]:
-        sequences, comparisons = [], {}
-        for row in rows:
-            start = len(sequences)
-            # A foreign answer may be longer than the others: it loses its end.
-            sequences += [sequence[: settings.max_length] for sequence in row["sequences"]]
-            for entry in row["comparisons"]:
-                comparisons.setdefault(entry["kind"], []).extend([start + place for place in pair] for pair in entry["pairs"])
-        return {"sequences": sequences, "comparisons": comparisons}
 
-    class BradleyTerryTrainer(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            sequences = inputs["sequences"]
-            scores = torch.empty(len(sequences), device=model.device)
-            for places in batches_by_length(list(map(len, sequences)), len(sequences), FORWARD_TOKENS):
-                longest = max(len(sequences[place]) for place in places)
-                ids = torch.tensor([sequences[place] + [pad] * (longest - len(sequences[place])) for place in places])
-                mask = torch.arange(longest) < torch.tensor([[len(sequences[place])] for place in places])
-                logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
-                scores[places] = logits.squeeze(-1).float()
-            # Each kind of comparison weighs the same, however many there are of it.
-            kinds = [torch.tensor(pairs).T for pairs in inputs["comparisons"].values() if pairs]
-            loss = torch.stack([bradley_terry_loss(scores[better], scores[worse]) for better, worse in kinds]).mean()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}")
-            return (loss, scores) if return_outputs else loss
+def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
+    """Train on a balanced choice of `pairs` and write the adapter to `settings.output_dir`."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainingArguments, set_seed
 
+    from parts.bradley_terry import BradleyTerryTrainer, RankingCollator
+
+    set_seed(settings.seed)
+    model, tokenizer = reward_model(settings)
+    rankings = Dataset.from_list(training_rankings(settings, pairs, tokenizer))
     unfinished = Path(f"{settings.output_dir}.unfinished")
     arguments = TrainingArguments(
         output_dir=str(unfinished),
@@ -319,8 +160,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    dataset = Dataset.from_list(encode_rankings(groups, encode, rng))
-    trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+    trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=rankings, data_collator=RankingCollator(settings.max_length))
     trainer.train(resume_from_checkpoint=any(unfinished.glob("checkpoint-*")))
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
@@ -376,32 +216,46 @@ def earlier_training(settings: GoldTrainingSettings) -> dict:
     return record
 
 
-def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings = parse_settings(GoldTrainingSettings, description=__doc__)
-    pairs = read_pairs(settings.preferences)
-    check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
-    earlier = earlier_training(settings) if settings.start_from else None
+def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, without those of held-out systems, and pairs of held-out prompts.
+
+    Raises:
+        InputError: an unknown system, or nothing to train on or to hold out.
+    """
     known = {system for pair in pairs for system in pair.systems}
     for system in settings.heldout_systems:
         if system not in known:
             raise InputError(f"--heldout_systems: no row of {settings.preferences} has the generator {system!r}")
     heldout = [pair for pair in pairs if is_heldout(pair.instruction, settings.heldout_share)]
-    training = [
-        pair
-        for pair in pairs
-        if not is_heldout(pair.instruction, settings.heldout_share) and not set(pair.systems) & set(settings.heldout_systems)
-    ]
+    rest = [pair for pair in pairs if not is_heldout(pair.instruction, settings.heldout_share)]
+    training = [pair for pair in rest if not set(pair.systems) & set(settings.heldout_systems)]
     if not heldout or not training:
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
-    heldout = heldout_sample(heldout, settings.heldout_pairs)
+    return training, heldout
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(GoldTrainingSettings, description=__doc__)
+
+    # 1. Data, and everything a user can get wrong, before any model loads.
+    pairs = read_pairs(settings.preferences)
+    check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
+    earlier = earlier_training(settings) if settings.start_from else None
+    training, heldout = split_pairs(settings, pairs)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
+
+    # 2. Training.
     if not settings.evaluate_only:
         train(settings, training)
-    measured = heldout_accuracies(settings, heldout)
+
+    # 3. Accuracy on prompts that training never saw.
+    measured = heldout_accuracies(settings, heldout_sample(heldout, settings.heldout_pairs))
     for name, row in measured.items():
         print(f"{name:36} {row['accuracy']:.3f}  (n={row['n']})")
+
+    # 4. Record and card.
     if not settings.evaluate_only:
         write_json(Path(settings.output_dir) / "training_record.json", {**record, "heldout": measured})
         write_card(settings, measured)

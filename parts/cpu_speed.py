@@ -1,21 +1,51 @@
-"""Linear layers through oneDNN on CPUs where MKL, PyTorch's choice for fp32, runs at a fraction of the machine's speed.
+"""What makes models faster on a CPU, and nothing else: without this module the results are the same up to rounding, later.
 
-    model = use_onednn(AutoModelForCausalLM.from_pretrained(...))
+    model = use_onednn(AutoModelForCausalLM.from_pretrained(...))       # linear layers
+    with one_token_at_a_time(model, rows): ...                          # sampling: a pass is over one new token of each row
+    most_rows(64, model.device), most_tokens(16384, model.device)       # batches that suit a CPU
 
-MKL takes its fast paths on its maker's CPUs only: on AMD's, oneDNN's fp32 product takes half the time or less, at the same precision
-(`benchmarks/bench_linear.py`). Half precision goes to oneDNN anyway, and a GPU knows nothing of this.
+`ENABLED = False` switches all of it off. On a GPU all of it does nothing.
+
+Linear layers: MKL, PyTorch's choice for fp32, takes its fast paths on its maker's CPUs only. On AMD's, oneDNN's fp32 product takes half
+the time or less, at the same precision (`benchmarks/bench_linear.py`). Half precision goes to oneDNN anyway.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ENABLED = True
+ROWS = 32  # that are sampled at a time: a larger batch holds more padding and runs slower
+TOKENS = 1024  # in a forward pass without gradients: that many keep a CPU busy, and more fall out of its caches
+GROUPED = "grouped_sdpa"  # the name of `_grouped_attention` among transformers' kinds of attention
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches
+
+
+def most_rows(rows: int, device: torch.device) -> int:
+    """How many rows to sample at a time: `rows`, on a CPU at most `ROWS`."""
+    return min(rows, ROWS) if ENABLED and device.type == "cpu" else rows
+
+
+def most_tokens(tokens: float, device: torch.device) -> float:
+    """How many tokens to score in a batch: `tokens`, on a CPU at most `TOKENS`."""
+    return min(tokens, TOKENS) if ENABLED and device.type == "cpu" else tokens
+
+
+# ---------------------------------------------------------------------------------------------------------- linear layers
 
 
 @functools.cache
@@ -24,6 +54,11 @@ def onednn_is_faster() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")
     return amd and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+
+
+def _by_onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN shall multiply by `weight`: frozen fp32 on a CPU where that is faster."""
+    return ENABLED and weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad and onednn_is_faster()
 
 
 class _Product(torch.autograd.Function):
@@ -42,7 +77,7 @@ class _Product(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear`, through oneDNN for frozen fp32 weights on a CPU where that is faster."""
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not weight.requires_grad and onednn_is_faster():
+    if x.dtype == weight.dtype and x.device == weight.device and _by_onednn(weight):
         return _Product.apply(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
 
@@ -59,10 +94,6 @@ class OneDNNLinear(nn.Linear):
     def unpack(self) -> None:
         self.packed = None
 
-    def packable(self) -> bool:
-        """Whether `pack` can be: frozen fp32 weights on a CPU."""
-        return self.weight.dtype == torch.float32 and self.weight.device.type == "cpu" and not self.weight.requires_grad
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -70,9 +101,72 @@ class OneDNNLinear(nn.Linear):
 
 
 def use_onednn(model: Model) -> Model:
-    """Let the linear layers of a model go through `linear`; layers that are trained, or on a GPU, compute as ever."""
-    if onednn_is_faster():
+    """Let the linear layers of a model go through `linear`; layers that are trained, or on a GPU, compute as before."""
+    if ENABLED and onednn_is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDNNLinear
     return model
+
+
+# --------------------------------------------------------------------------------------------------------------- sampling
+
+
+@contextmanager
+def one_token_at_a_time(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """While the block runs, passes over one new token of each of `rows` rows take least time; longer passes give the same results.
+
+    Weights are copied into oneDNN's own layout where oneDNN computes: they may change before the block, not inside it. Attention is
+    `_grouped_attention` where transformers' SDPA is.
+    """
+    from transformers import PreTrainedModel
+
+    layers = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and _by_onednn(layer.weight)]
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    on_cpu = ENABLED and next(model.parameters()).device.type == "cpu"
+    regrouped = [config for config in configs.values() if on_cpu and config._attn_implementation == "sdpa"]
+    if regrouped:
+        _register_grouped_attention()
+    try:
+        for config in regrouped:
+            config._attn_implementation = GROUPED
+        for layer in layers:
+            layer.pack(layer.weight.data, rows)
+        yield
+    finally:
+        for layer in layers:
+            layer.unpack()
+        for config in regrouped:
+            config._attn_implementation = "sdpa"
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, which gives every query head a copy of its keys and values, without the copies for a single new token.
+
+    The query heads that share a key head become that head's query positions: [batch, key heads, heads / key heads, size].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[1] == key.shape[1] or query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    batch, heads, _, size = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.reshape(batch, 1, heads, size), None
+
+
+@functools.cache
+def _register_grouped_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(GROUPED, _grouped_attention)
+    AttentionMaskInterface.register(GROUPED, sdpa_mask)

@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from parts.cpu_speed import OneDNNLinear, use_onednn
+from parts.batching import batches_by_length, pad
+from parts.cpu_speed import most_rows, one_token_at_a_time, use_onednn
 from parts.errors import InputError
 from parts.files import read_json
 from parts.models import loading
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
-
-CPU_ROWS = 32  # prompts at a time: on a CPU a larger batch holds more padding and runs slower
-GROUPED = "grouped_sdpa"  # what `grouped_attention` is registered as
 
 
 @dataclass(frozen=True)
@@ -75,11 +70,9 @@ def sample(
         Token ids of each response, up to and with the first end-of-sequence token.
     """
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[eos_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids, mask = pad(prompts, eos_token_id, "left", device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = _roomy_cache(model, longest + decoding.max_new_tokens)
+    cache = _roomy_cache(model, ids.shape[1] + decoding.max_new_tokens)
     responses: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts still in the batch; -1 for one that has ended and not left yet
     for step in range(decoding.max_new_tokens):
@@ -135,38 +128,12 @@ def _roomy_cache(model: PreTrainedModel, length: int) -> Cache:
     return cache
 
 
-def grouped_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: object,
-) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, which gives every query head a copy of its keys and values, without the copies for a single new token.
-
-    The query heads that share a key head become that head's query positions: [batch, key heads, heads / key heads, size].
-    """
-    if query.shape[1] == key.shape[1] or query.shape[2] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    batch, heads, _, size = query.shape
-    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(batch, 1, heads, size), None
-
-
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
-
-
 @contextmanager
 def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
-    """The model in the form in which a token costs least, while the block runs.
+    """While the block runs, the model is in the form in which a token costs least.
 
     LoRA is added to copies of the weights. The weights themselves come back untouched (adding and subtracting would round them a little
-    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. On a CPU where
-    oneDNN computes, the copies are in its own layout.
+    further each time). Only where they are fp32: in half precision the sum would round a small adapter away.
     """
     from peft.tuners.lora import Linear as LoraLinear
 
@@ -174,26 +141,15 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     # Variants of LoRA (DoRA ...) are more than a difference of weights.
     lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32 and not layer.lora_variant]
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
-    packable = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and layer.packable()]
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    regrouped = [config for config in configs.values() if on_cpu and config._attn_implementation == "sdpa"]
     try:
-        for config in regrouped:
-            config._attn_implementation = GROUPED
         with torch.no_grad():
             for layer in lora:
                 base = layer.get_base_layer()
                 base.weight.data = base.weight.data + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
                 layer._disable_adapters = True
-            for layer in packable:
-                layer.pack(layer.weight.data, batch_size)
-        yield
+        with one_token_at_a_time(model, batch_size):
+            yield
     finally:
-        for config in regrouped:
-            config._attn_implementation = "sdpa"
-        for layer in packable:
-            layer.unpack()
         for layer in lora:
             layer._disable_adapters = False
         for base, weight in weights.items():
@@ -226,14 +182,11 @@ def generate_responses(
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
     """
     rows = list(range(len(prompts))) if rows is None else rows
-    if next(model.parameters()).device.type == "cpu":
-        batch_size = min(batch_size, CPU_ROWS)
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+    batch_size = most_rows(batch_size, next(model.parameters()).device)
     responses: list[list[int]] = [[] for _ in prompts]
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches_by_length(list(map(len, prompts)), batch_size, longest_first=True):
             draws = row_draws(seed, [rows[place] for place in places], decoding.max_new_tokens)
             found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
             for place, response in zip(places, found):

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from parts.batching import batches_by_length, pad
 from parts.chat_templates import TOKENIZER_OWN, load_template
 from parts.cli import setting
-from parts.cpu_speed import use_onednn
+from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
 from parts.files import file_digest, read_json
 from parts.models import adapter_base, check_model_name, loading
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
-CPU_BATCH_TOKENS = 1024  # a CPU is busy with that many; a larger batch only pads more
 MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
 
 
@@ -136,10 +136,8 @@ class _GoldRewardModel(ABC):
         if len(batch["query"]) != len(batch["response"]):
             raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
         encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
-        most_tokens = self.settings.gold_batch_tokens
-        if self.model.device.type == "cpu":
-            most_tokens = min(most_tokens, CPU_BATCH_TOKENS)
-        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, most_tokens):
+        tokens = most_tokens(self.settings.gold_batch_tokens, self.model.device)
+        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, tokens):
             scores = require_finite(self._score_ids([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
             yield rows, scores
 
@@ -149,28 +147,13 @@ class _GoldRewardModel(ABC):
 
     @torch.inference_mode()
     def _score_ids(self, encoded: list[list[int]]) -> list[float]:
-        longest = max(map(len, encoded))
-        ids = torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in encoded])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in encoded])
-        device = self.model.device
-        return self.score_batch(ids.to(device), mask.to(device)).float().tolist()
+        return self.score_batch(*pad(encoded, self.pad_token_id, device=self.model.device)).float().tolist()
 
     pad_token_id: int
 
     @abstractmethod
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[rows, time] ids and mask, padded on the right, to [rows] scores."""
-
-
-def batches_by_length(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Places of `lengths`, sorted by length, in batches of up to `most_rows` rows and, padded, `most_tokens` tokens (but for a lone row)."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * lengths[place] <= most_tokens:
-            batches[-1].append(place)
-        else:
-            batches.append([place])
-    return batches
 
 
 def weights_digest(name_or_path: str, model: PreTrainedModel) -> str:

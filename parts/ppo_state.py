@@ -17,9 +17,10 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from safetensors.torch import load_file, save_file
 
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
-from parts.runs import RECORD, interrupted_path
+from parts.processes import launched_processes
+from parts.runs import RECORD, interrupted_path, provenance
 from parts.runs import checkpoints_of as folders_of
 
 if TYPE_CHECKING:
+    from parts.generation import Decoding
+    from parts.ppo_metrics import Moments
     from parts.ppo_trainer import FastPPOTrainer
 
 # Settings that a resumed run may change: they do not reach its numbers.
@@ -131,19 +135,88 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
         raise OSError(error)
 
 
+def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding, start: Moments, development: Mapping[str, float]) -> dict:
+    """What a checkpoint says of the run that made it.
+
+    Args:
+        settings: `PPOSettings` of `run_ppo.py`.
+        start: of the scores at step 0.
+        development: means of the scores now.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return provenance(
+        step=step,
+        seed=settings.seed,
+        dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
+        model=settings.model_name,
+        template=settings.chat_template_name,
+        decoding=asdict(decoding),
+        processes=trainer.accelerator.num_processes,
+        kl_coef=float(trainer.kl_ctl.value),
+        development=development,
+        start=start,
+        reward_source=settings.reward_source(),
+        design=settings.design,
+        data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
+        settings=asdict(settings),
+    )
+
+
 def prune(output_dir: str, limit: int) -> None:
-    """Remove the oldest checkpoints beyond the newest `limit`, but never the start; 0 keeps all."""
+    """After a checkpoint: remove the oldest ones beyond the newest `limit`, never the start (0 keeps all), and an interrupted run's state."""
     if limit:
         for path in [path for path in checkpoints_of(output_dir) if read_json(path / RECORD)["step"] > 0][:-limit]:
             shutil.rmtree(path)
+    shutil.rmtree(interrupted(output_dir), ignore_errors=True)
 
 
-def sweep(output_dir: str) -> None:
-    """Remove what saves that were killed left beside their places."""
+# --------------------------------------------------------------------------------------------------------------- starting
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        folder: the checkpoint that it resumes from; None for a new run.
+        step: of that checkpoint; 0 for a new run.
+        in_the_way: an earlier run's checkpoints of later steps.
+    """
+
+    folder: Path | None
+    step: int
+    in_the_way: list[Path]
+
+
+def find_start(settings) -> Start:
+    """Where a run with these `PPOSettings` begins.
+
+    Raises:
+        InputError: the checkpoint to resume from is none, or one of other settings, or others are in the way and may not be removed.
+    """
+    resumed = find_resumable(settings.output_dir, settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
+    if resumed is not None:
+        check_settings(resumed, settings, launched_processes())
+    step = read_json(resumed / RECORD)["step"] if resumed else 0
+    in_the_way = [path for path in checkpoints_of(settings.output_dir) if resumed is None or read_json(path / RECORD)["step"] > step]
+    if in_the_way and not settings.overwrite:
+        later = "it and those after it" if resumed else "the checkpoints of an earlier run; --resume_from_checkpoint=auto goes on"
+        raise InputError(f"{in_the_way[0]}: exists already (--overwrite=true removes {later})")
+    return Start(resumed, step, in_the_way)
+
+
+def make_room(output_dir: str, begin: Start) -> None:
+    """Remove what is in the way of a run, and what saves that were killed left beside their places."""
+    for path in begin.in_the_way:
+        shutil.rmtree(path)
+    if begin.folder != interrupted(output_dir):
+        shutil.rmtree(interrupted(output_dir), ignore_errors=True)
     output = Path(output_dir)
     for kind in ("step_*", "interrupted"):
         for path in output.parent.glob(f".{output.name}_{kind}.*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- card
 
 
 def _card(record: dict) -> str:

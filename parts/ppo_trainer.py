@@ -25,7 +25,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
 
+from parts.batching import batches_by_length
 from parts.cpu_speed import linear
 from parts.errors import InputError
 from parts.generation import Decoding, ready_to_sample, sample
@@ -174,16 +175,6 @@ class _Sequences:
         lengths = torch.tensor([self.response_lengths[row] for row in rows])
         places = (torch.arange(width)[None] >= width - lengths[:, None]).nonzero(as_tuple=True)
         return values.new_zeros(len(rows), width).index_put(tuple(place.to(values.device) for place in places), values)
-
-    def by_length(self) -> Iterator[list[int]]:
-        """All rows in passes of sequences of about the same length, `TOKENS_PER_PASS` at most where a single one is not longer."""
-        rows: list[int] = []
-        for row in sorted(range(len(self.tokens)), key=lambda row: len(self.tokens[row])):
-            if rows and len(self.tokens[row]) * (len(rows) + 1) > TOKENS_PER_PASS:
-                yield rows
-                rows = []
-            rows.append(row)
-        yield rows
 
 
 class FastPPOTrainer(PPOTrainer):
@@ -355,7 +346,7 @@ class FastPPOTrainer(PPOTrainer):
     def _forward_all(self, model: nn.Module, sequences: _Sequences) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and values of every response token, [batch, longest response], without gradients."""
         tables = None
-        for rows in sequences.by_length():
+        for rows in batches_by_length(list(map(len, sequences.tokens)), most_tokens=TOKENS_PER_PASS):
             logprobs, _, values = model(**sequences.inputs(rows))
             found = sequences.padded(rows, logprobs), sequences.padded(rows, values)
             tables = tables or tuple(table.new_zeros(len(sequences.tokens), table.shape[1]) for table in found)

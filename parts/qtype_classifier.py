@@ -230,18 +230,17 @@ def label_logprobs(
     """
     import torch
 
+    from parts.batching import batches_by_length, pad
+
     device = next(model.parameters()).device
     shared = list(os.path.commonprefix([list(prompt) for prompt in prompts]))[: min(map(len, prompts)) - 1]
     kept = max(map(len, labels)) + 1  # places whose logits are needed: each but the last predicts a token of a label
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     with torch.inference_mode(), tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
         beginning = model(torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1).past_key_values if shared else None
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches_by_length(list(map(len, prompts)), batch_size, longest_first=True):
             rows = [list(prompts[place][len(shared) :]) + list(label) for place in places for label in labels]
-            padding = [max(map(len, rows)) - len(row) for row in rows]
-            ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
-            mask = torch.tensor([[1] * len(shared) + [0] * pad + [1] * len(row) for pad, row in zip(padding, rows)], device=device)
+            ids, mask = pad(rows, 0, "left", device)
+            mask = torch.cat([mask.new_ones(len(rows), len(shared)), mask], dim=1)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, len(shared) :]
             cache = copy.deepcopy(beginning)
             if cache is not None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from parts.cpu_speed import use_onednn
+from parts.batching import batches_by_length
+from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
 from parts.models import loading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# On a CPU a batch of more tokens than this falls out of the caches and runs slower than one row at a time.
-CPU_TOKENS_PER_BATCH = 1024
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -136,18 +136,11 @@ class RelevanceModel:
             known.update(zip(new, vectors))
         return torch.from_numpy(np.stack([known[text] for text in texts]))
 
-    def batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Row numbers in batches of texts of about the same length: at most `batch_size` rows and what the device likes."""
-        limit = CPU_TOKENS_PER_BATCH if self.encoder.device.type == "cpu" else float("inf")
-        batch: list[int] = []
-        for row in sorted(range(len(texts)), key=lambda row: len(texts[row])):
-            tokens = min(len(texts[row]) / CHARACTERS_PER_TOKEN, self.encoder.max_seq_length)
-            if batch and (len(batch) == self.batch_size or tokens * (len(batch) + 1) > limit):
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+    def batches(self, texts: Sequence[str]) -> list[list[int]]:
+        """Row numbers in batches of texts of about the same length: at most `batch_size` rows and as many tokens as suit the device."""
+        lengths = [len(text) / CHARACTERS_PER_TOKEN for text in texts]
+        tokens = most_tokens(math.inf, self.encoder.device)
+        return batches_by_length(lengths, self.batch_size, tokens, cut_at=self.encoder.max_seq_length)
 
     def _encode(self, texts: list[str]) -> torch.Tensor:
         return self.encoder.encode(texts, batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False).float().cpu()

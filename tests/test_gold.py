@@ -9,24 +9,24 @@ import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
 
+from parts.batching import batches_by_length
+from parts.bradley_terry import bradley_terry_loss
 from parts.errors import InputError
 from parts.files import read_json
 from parts.gold_models import (
     GoldSettings,
     SequenceClassificationRMForInference,
     StarlingRMForInference,
-    batches_by_length,
     encode_conversation,
     load_gold_reward_model,
     weights_digest,
 )
-from train_gold_rm import (
+from parts.preferences import (
     CUT,
     DAMAGES,
     FOREIGN,
     Pair,
     accuracies,
-    bradley_terry_loss,
     by_prompt,
     damaged_pairs,
     encode_rankings,
@@ -129,7 +129,7 @@ def test_rewards_batch_by_batch(tiny_gold):
 def test_batches_are_smaller_on_a_cpu(tiny_gold, monkeypatch):
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
     assert len(list(gold.iter_rewards(BATCH))) == 1
-    monkeypatch.setattr("parts.gold_models.CPU_BATCH_TOKENS", 60)
+    monkeypatch.setattr("parts.cpu_speed.TOKENS", 60)
     assert len(list(gold.iter_rewards(BATCH))) > 1
 
 

@@ -10,7 +10,8 @@ import torch
 from parts.chat_templates import ChatTemplate, encode_prompts, load_template
 from parts.generation import Decoding, generate_responses, ready_to_sample, row_draws, sample
 from parts.models import load_tokenizer
-from run_ppo import Prompt, batches, cut_at_stop_string, require_finite_step
+from parts.ppo_data import Prompt, batches, cut_at_stop_string
+from parts.ppo_metrics import require_finite_step
 
 PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
 

@@ -1,0 +1,64 @@
+"""The processes of a run: how they come together, and how all of them stop after the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def launched_processes() -> int:
+    """How many processes the launcher promised; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(mini_batch_size: int, gradient_accumulation_steps: int) -> Accelerator:
+    """Join the processes of `accelerate launch`. The batch sizes given here win over those of the launch file.
+
+    Raises:
+        RuntimeError: fewer or more processes came together than were launched.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The launcher's value, where it has one, would silently win over the argument.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
+    # On a CPU, ranks find each other only with a named backend, and need `cpu` as well, except for DeepSpeed, which it would drop.
+    no_gpu = not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = Accelerator(
+        cpu=no_gpu and not deepspeed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_gpu and "WORLD_SIZE" in os.environ else [],
+    )
+    if accelerator.num_processes != launched_processes():
+        raise RuntimeError(f"{accelerator.num_processes} processes came together, expected {launched_processes()} as launched")
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = mini_batch_size
+    return accelerator
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks for a stop after the current step, the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked. All processes must call this, and all get the same answer."""
+        from accelerate.utils import gather_object
+
+        return any(gather_object([self.asked]))

@@ -1,0 +1,74 @@
+"""What is faster on a CPU changes no result: sampling, scores and a PPO step with it and without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, ROWS
+from test_ppo_trainer import make_trainer, rollouts, trained_weights
+
+from parts import cpu_speed
+from parts.generation import Decoding, generate_responses
+from parts.gold_models import load_gold_reward_model
+from parts.models import load_tokenizer
+from parts.ppo_trainer import FastPPOTrainer
+from parts.relevance import RelevanceModel
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
+MINILM = REPOSITORY / "models" / "all-MiniLM-L6-v2"
+TEXTS = [(row["input"] + " " + row["output"] + " ") * (1 + number) for number, row in enumerate(ROWS)]
+
+
+@pytest.fixture(params=["policy", "gold", "encoder", "trainer"])
+def numbers(request, tiny_model, tiny_gold):
+    """What a model computes, as tensors by name, and the model itself."""
+
+    def policy():
+        trainer = make_trainer(FastPPOTrainer, tiny_model)
+        model = cpu_speed.use_onednn(trainer.model.pretrained_model)
+        prompts = [[5 + number % 9] * (1 + number % 7) for number in range(9)]
+        drawn = generate_responses(model, load_tokenizer(str(tiny_model)), prompts, Decoding(12), batch_size=9, seed=3)
+        return {str(row): torch.tensor(response) for row, response in enumerate(drawn)}, model
+
+    def gold():
+        model = load_gold_reward_model(str(tiny_gold), device="cpu")
+        return {"rewards": torch.tensor(model.get_reward({"query": TEXTS, "response": TEXTS[::-1]}))}, model.model
+
+    def encoder():
+        model = RelevanceModel(str(MINILM), device="cpu")
+        return {"embeddings": model.embed(TEXTS)}, model.encoder
+
+    def trainer():
+        model = make_trainer(FastPPOTrainer, tiny_model)
+        for weight in model.model.pretrained_model.parameters():
+            assert weight.requires_grad == any(weight is trained for trained in model.model_params)
+        cpu_speed.use_onednn(model.model.pretrained_model)
+        np.random.seed(0)
+        stats = model.step(*rollouts(0))
+        singles = {name: torch.as_tensor(value) for name, value in stats.items() if np.ndim(value) == 0 and not name.startswith("time/")}
+        return {**singles, **trained_weights(model)}, model.model
+
+    return {"policy": policy, "gold": gold, "encoder": encoder, "trainer": trainer}[request.param]
+
+
+def test_same_results_switched_off(numbers, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(cpu_speed, "ROWS", 2)
+    monkeypatch.setattr(cpu_speed, "TOKENS", 60)
+    fast, fast_model = numbers()
+    monkeypatch.setattr(cpu_speed, "ENABLED", False)
+    plain, plain_model = numbers()
+    kinds = [{type(module) for module in model.modules()} for model in (fast_model, plain_model)]
+    assert cpu_speed.OneDNNLinear in kinds[0] and cpu_speed.OneDNNLinear not in kinds[1]
+    assert set(fast) == set(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_limits_are_for_cpus(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (cpu_speed.most_rows(64, cpu), cpu_speed.most_rows(8, cpu), cpu_speed.most_rows(64, gpu)) == (32, 8, 64)
+    assert (cpu_speed.most_tokens(16384, cpu), cpu_speed.most_tokens(99, cpu), cpu_speed.most_tokens(16384, gpu)) == (1024, 99, 16384)
+    monkeypatch.setattr(cpu_speed, "ENABLED", False)
+    assert (cpu_speed.most_rows(64, cpu), cpu_speed.most_tokens(16384, cpu)) == (64, 16384)
