@@ -42,21 +42,23 @@ from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
 
 @dataclass
 class MonotonicitySettings(Settings):
-    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results")
+    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", path=True)
     model_prefix: list[str] = setting([], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds)")
     steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
     include_start: bool = setting(False, "count step 0 among the default checkpoints")
-    data_path: str = setting("", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from")
-    gold_model: list[str] = setting(
-        [], f"gold reward models: hub names, folders, or adapter folders; {DEFAULT_GOLD} where no gold is named"
+    data_path: str = setting(
+        "", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from", path=True
     )
-    gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold")
-    rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard")
+    gold_model: list[str] = setting(
+        [], f"gold reward models: hub names, folders, or adapter folders; {DEFAULT_GOLD} where no gold is named", path=True
+    )
+    gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold", path=True)
+    rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard", path=True)
     all_designs: bool = setting(False, "with --rollouts: all sixteen on/off settings of the proxy in place of the one that the flags say")
     chat_template_name: str = setting("", "template whose stop strings end a response; empty means the run's own, or alpaca")
-    output_max_length: int = setting(0, "longest response in tokens, as the rescaling F uses it; 0 means the run's own, or 512")
+    output_max_length: int = setting(0, "longest response in tokens, as the rescaling F uses it; 0 means the run's own, or 512", least=0)
     device: str = setting("", "device of the relevance encoder and the gold models; empty means the GPUs where there are any")
-    batch_size: int = setting(8, "most rows per batch of any model")
+    batch_size: int = setting(8, "most rows per batch of any model", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
-from parts.files import REPOSITORY, JsonLines, digest, file_digest, read_json, read_text, write_json
+from parts.files import JsonLines, digest, file_digest, read_json, read_text, write_json
 from parts.models import check_device, check_model_name
 from parts.rows import match_rows, read_rows
 from parts.runs import Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, superni_path
@@ -49,40 +49,33 @@ EVALUATIONS = ("alpaca", "superni")
 
 
 @dataclass
-class EvaluationSettings:
-    base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder")
-    peft_model_name: list[str] = setting([], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+class EvaluationSettings(Settings):
+    base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True)
+    peft_model_name: list[str] = setting(
+        [], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them", path=True, required=True
+    )
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
-    engine: str = setting("hf", "what generates: hf (transformers) or vllm")
-    baseline_model_file: str = setting("", "another model's outputs on the same instructions, to compare with row by row; may be empty")
-    batch_size: int = setting(16, "prompts per generation batch")
+    engine: str = setting("hf", "what generates: hf (transformers) or vllm", choices=("hf", "vllm"))
+    baseline_model_file: str = setting(
+        "", "another model's outputs on the same instructions, to compare with row by row; may be empty", path=True
+    )
+    batch_size: int = setting(16, "prompts per generation batch", least=1)
     evaluations: list[str] = setting(["alpaca"], "what to run: alpaca, superni")
-    data_path: str = setting("data/alpaca_eval.json", "instructions in the AlpacaEval schema")
-    superni_dir: str = setting("data/natural-instructions", "clone of allenai/natural-instructions")
+    data_path: str = setting("data/alpaca_eval.json", "instructions in the AlpacaEval schema", path=True)
+    superni_dir: str = setting("data/natural-instructions", "clone of allenai/natural-instructions", path=True)
     superni_tasks: list[str] = setting([], "task names; by default the test tasks of the default track")
-    superni_instances: int = setting(100, "instances per task, the first ones")
+    superni_instances: int = setting(100, "instances per task, the first ones", least=1)
     chat_template_name: str = setting("", "prompt template; empty means the one the checkpoint was trained with")
-    decoding: str = setting(str(REPOSITORY / "configs" / "decoding.yaml"), "decoding settings by evaluation")
-    max_new_tokens: int = setting(0, "longest response in tokens; 0 means what the decoding file says")
+    decoding: str = setting("configs/decoding.yaml", "decoding settings by evaluation", path=True)
+    max_new_tokens: int = setting(0, "longest response in tokens; 0 means what the decoding file says", least=0)
     temperature: float = setting(-1.0, "sampling temperature, 0 is greedy; below 0 means what the decoding file says")
-    top_p: float = setting(0.0, "nucleus sampling; 0 means what the decoding file says")
-    seed: int = setting(42, "seed of the draws")
+    top_p: float = setting(0.0, "nucleus sampling; 0 means what the decoding file says", least=0, most=1)
+    seed: int = setting(42, "seed of the draws", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
     overwrite: bool = setting(False, "replace the files of an earlier run")
 
     def __post_init__(self) -> None:
-        for name in ("base_model_name", "peft_model_name"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is missing")
-        for name in ("batch_size", "superni_instances"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        if self.max_new_tokens < 0 or not 0 <= self.top_p <= 1:
-            raise InputError("--max_new_tokens and --top_p cannot be negative, and --top_p is at most 1")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
-        if self.engine not in ("hf", "vllm"):
-            raise InputError(f"--engine is {self.engine!r}, expected hf or vllm")
+        super().__post_init__()
         if self.engine == "vllm" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError("--engine vllm runs in one process, expected no launcher with several")
         unknown = [name for name in self.evaluations if name not in EVALUATIONS]

@@ -335,10 +335,10 @@ class ReversedEngineeredRewardForInference:
         """Fill in the features that read embeddings, block by block, responses of similar length together."""
         if self.relevance_model is None:
             return
+        from parts.batching import batches_by_length
+
         responses = batch["response"]
-        order = sorted(range(len(responses)), key=lambda row: len(responses[row]))
-        for start in range(0, len(order), ROWS_PER_BLOCK):
-            block = order[start : start + ROWS_PER_BLOCK]
+        for block in batches_by_length(list(map(len, responses)), ROWS_PER_BLOCK):
             embedded = self.relevance_model.embed([responses[row] for row in block])
             for feature, mask in masks.items():
                 places = [place for place, row in enumerate(block) if mask[row]]

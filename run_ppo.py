@@ -45,7 +45,7 @@ from parts.ppo_metrics import (
     scalars,
     shorten,
 )
-from parts.processes import StopRequest
+from parts.processes import StopRequest, leave_processes
 from parts.rewards import reward_batch
 from parts.runs import provenance
 from reward_model import RewardSettings
@@ -61,36 +61,45 @@ TRACKERS = ("tensorboard", "wandb", "none")
 @dataclass
 class PPOSettings(RewardSettings):
     exp_name: str = setting("ppo", "name of the run, used by the trackers")
-    model_name: str = setting("", "causal LM to train: hub name or folder")
-    tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own")
+    model_name: str = setting("", "causal LM to train: hub name or folder", path=True, required=True, expected="a hub name or a folder")
+    tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own", path=True)
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
 
-    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}")
-    dev_prompt_path: str = setting("data/dev.json", "development rows of the same form")
-    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>")
-    logging_dir: str = setting("", "logs; empty means <output_dir>/logs")
-    log_with: str = setting("tensorboard", "tracker: tensorboard, wandb or none (metrics.jsonl is always written)")
+    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True)
+    dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
+    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", path=True)
+    logging_dir: str = setting("", "logs; empty means <output_dir>/logs", path=True)
+    log_with: str = setting(
+        "tensorboard",
+        "tracker: tensorboard, wandb or none (metrics.jsonl is always written)",
+        choices=TRACKERS,
+        expected=", ".join(TRACKERS),
+    )
     overwrite: bool = setting(False, "remove the checkpoints that an earlier run left at output_dir")
-    resume_from_checkpoint: str = setting("", "go on from a checkpoint folder, or from the latest of this output_dir: 'auto'")
+    resume_from_checkpoint: str = setting("", "go on from a checkpoint folder, or from the latest of this output_dir: 'auto'", path=True)
     allow_changed_settings: bool = setting(False, "resume although settings are not those that the checkpoint was made with")
-    save_total_limit: int = setting(0, "keep this many of the newest checkpoints, and the start; 0 keeps all")
+    save_total_limit: int = setting(
+        0, "keep this many of the newest checkpoints, and the start; 0 keeps all", least=0, expected="0 or more"
+    )
 
-    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process")
-    save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts")
-    sample_freq: int = setting(10, "steps between sample rollouts on the console")
-    seed: int = setting(42, "seed of initialisation, data order and sampling")
+    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process", least=1)
+    save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts", least=1)
+    sample_freq: int = setting(10, "steps between sample rollouts on the console", least=1)
+    seed: int = setting(42, "seed of initialisation, data order and sampling", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
 
     max_prompt_length: int = setting(512, "prompts must have fewer tokens than this")
-    long_prompts: str = setting("error", "what to do with longer ones: 'error' or 'drop'")
-    output_max_length: int = setting(512, "longest response in tokens; the reward's max_len")
+    long_prompts: str = setting(
+        "error", "what to do with longer ones: 'error' or 'drop'", choices=("error", "drop"), expected="'error' or 'drop'"
+    )
+    output_max_length: int = setting(512, "longest response in tokens; the reward's max_len", least=1)
     rollout_postprocessing: bool = setting(True, "cut a rollout's tokens at the template's first stop string before the PPO step")
 
-    batch_size: int = setting(16, "prompts per step and process")
-    mini_batch_size: int = setting(2, "sequences per forward and backward pass")
-    gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's")
-    ppo_epochs: int = setting(4, "passes over each batch of rollouts")
-    learning_rate: float = setting(1e-5, "learning rate")
+    batch_size: int = setting(16, "prompts per step and process", least=1)
+    mini_batch_size: int = setting(2, "sequences per forward and backward pass", least=1)
+    gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's", least=1)
+    ppo_epochs: int = setting(4, "passes over each batch of rollouts", least=1)
+    learning_rate: float = setting(1e-5, "learning rate", above=0)
     use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
     warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
     bf16: bool = setting(
@@ -99,15 +108,15 @@ class PPOSettings(RewardSettings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
-    lora_r: int = setting(8, "LoRA rank")
+    lora_r: int = setting(8, "LoRA rank", least=1)
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
     init_kl_coef: float = setting(0.2, "KL coefficient at the start")
     adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach adap_kl_target")
-    adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at")
-    adap_kl_horizon: float = setting(10000.0, "samples over which it adapts")
+    adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at", above=0)
+    adap_kl_horizon: float = setting(10000.0, "samples over which it adapts", above=0)
     early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
     target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
 
@@ -116,12 +125,6 @@ class PPOSettings(RewardSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.logging_dir = self.logging_dir or os.path.join(self.output_dir, "logs")
-        if not self.model_name:
-            raise InputError("--model_name is missing, expected a hub name or a folder")
-        for name in ("overall_steps", "save_freq", "sample_freq", "output_max_length", "batch_size", "mini_batch_size",
-                     "gradient_accumulation_steps", "ppo_epochs", "lora_r"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
         optimizer_batch = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % optimizer_batch:
             raise InputError(
@@ -129,18 +132,6 @@ class PPOSettings(RewardSettings):
             )
         if self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise InputError("--batch_size is 1 on one process, expected at least 2: rewards are normalised by their deviation")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
-        if self.adap_kl_target <= 0 or self.adap_kl_horizon <= 0:
-            raise InputError("--adap_kl_target and --adap_kl_horizon must be more than 0")
-        if self.learning_rate <= 0:
-            raise InputError(f"--learning_rate is {self.learning_rate}, expected more than 0")
-        if self.save_total_limit < 0:
-            raise InputError(f"--save_total_limit is {self.save_total_limit}, expected 0 or more")
-        if self.log_with not in TRACKERS:
-            raise InputError(f"--log_with is {self.log_with!r}, expected {', '.join(TRACKERS)}")
-        if self.long_prompts not in ("error", "drop"):
-            raise InputError(f"--long_prompts is {self.long_prompts!r}, expected 'error' or 'drop'")
 
 
 # ------------------------------------------------------------------------------------------- reward, evaluation, start
@@ -300,9 +291,7 @@ def main() -> None:
             say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto goes on from {folder}")
             break
     bar.close()
-    # Tearing gloo down while a worker still holds the tensors of the last gather can deadlock; a barrier holds none.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave_processes(accelerator)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, read_json, write_json
 from parts.models import adapter_base, check_model_name, loading
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GoldTrainingSettings:
-    preferences: str = setting("", "preference pairs: .json, .jsonl, or either gzipped")
+class GoldTrainingSettings(Settings):
+    preferences: str = setting("", "preference pairs: .json, .jsonl, or either gzipped", path=True)
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
-    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card")
-    model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on")
-    start_from: str = setting("", "reward adapter on the same model to go on from, LoRA settings and all; empty means a new one")
+    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", path=True)
+    model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
+    start_from: str = setting("", "reward adapter on the same model to go on from, LoRA settings and all; empty means a new one", path=True)
     pairs: int = setting(5000, "most training pairs (one epoch)")
     ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
     heldout_share: float = setting(0.15, "share of the prompts held out")
@@ -55,7 +55,7 @@ class GoldTrainingSettings:
     lora_layers: int = setting(12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
-    seed: int = setting(42, "seed of pair selection and training")
+    seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
 

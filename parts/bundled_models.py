@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, write_json
 from parts.runs import provenance
@@ -25,8 +25,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass
-class BundledModelSettings:
-    output_dir: str = setting("models", "folder that receives one folder per model")
+class BundledModelSettings(Settings):
+    output_dir: str = setting("models", "folder that receives one folder per model", path=True)
 
 
 def package_folder(package: str) -> Path:

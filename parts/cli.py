@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -50,7 +50,10 @@ def setting(
     help: str,
     positional: bool = False,
     path: bool = False,
+    required: bool = False,
     least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
     choices: Sequence[str] = (),
     expected: str = "",
 ) -> dataclasses.Field:
@@ -59,12 +62,15 @@ def setting(
     Args:
         positional: the field takes the words that no `--name` precedes.
         path: the text is a file, a folder or a model: `found_path` is applied to it.
-        least: the smallest number allowed.
+        required: the text or list cannot be empty.
+        least, above, most: bounds of a number; `above` is not allowed itself.
         choices: the texts allowed.
-        expected: the error's words for what is allowed, where those made of `least` or `choices` do not say it well.
+        expected: the error's words for what is allowed, where those made of the others do not say it well.
     """
-    expected = expected or (f"at least {least}" if least is not None else " or ".join(choices))
-    rules = {"path": path, "least": least, "allowed": tuple(choices), "expected": expected}
+    bounds = {"at least": least, "more than": above, "at most": most}
+    words = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+    rules = {"path": path, "required": required, "least": least, "above": above, "most": most, "choices": tuple(choices)}
+    rules["expected"] = expected or words or " or ".join(choices)
     metadata = {"help": help, "rules": rules}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), init=not positional, metadata=metadata)
@@ -72,7 +78,7 @@ def setting(
 
 
 class Settings:
-    """Base of the dataclasses of settings: finds each field's `path`, and checks its `least` and `choices`.
+    """Base of the dataclasses of settings: finds each field's `path`, and checks its other rules.
 
     Raises:
         InputError: a value that its field does not allow.
@@ -83,10 +89,20 @@ class Settings:
             value, rules = getattr(self, field.name, None), field.metadata["rules"]
             if rules["path"] and value:
                 setattr(self, field.name, [found_path(each) for each in value] if isinstance(value, list) else found_path(value))
-            if rules["least"] is not None and not value >= rules["least"]:  # NaN is not at least anything
-                raise InputError(f"--{field.name} is {value}, expected {rules['expected']}")
-            if rules["allowed"] and value not in rules["allowed"]:
+            if rules["required"] and not value:
+                raise InputError(f"--{field.name} is missing" + (f", expected {rules['expected']}" if rules["expected"] else ""))
+            if not _is_allowed(value, rules):
                 raise InputError(f"--{field.name} is {value!r}, expected {rules['expected']}")
+
+
+def _is_allowed(value: object, rules: Mapping) -> bool:
+    """Whether a value is one of its choices and within its bounds (NaN is within none)."""
+    return (
+        (not rules["choices"] or value in rules["choices"])
+        and (rules["least"] is None or value >= rules["least"])
+        and (rules["above"] is None or value > rules["above"])
+        and (rules["most"] is None or value <= rules["most"])
+    )
 
 
 def found_path(text: str) -> str:

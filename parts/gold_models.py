@@ -22,7 +22,7 @@ from torch import nn
 
 from parts.batching import batches_by_length, pad
 from parts.chat_templates import TOKENIZER_OWN, load_template
-from parts.cli import setting
+from parts.cli import Settings, setting
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
 from parts.files import file_digest, read_json
@@ -37,7 +37,7 @@ MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its siz
 
 
 @dataclass
-class GoldSettings:
+class GoldSettings(Settings):
     """How gold models are loaded and run. Shared by every script that scores with one."""
 
     gold_batch_tokens: int = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ def join_processes(mini_batch_size: int, gradient_accumulation_steps: int) -> Ac
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = mini_batch_size
     return accelerator
+
+
+def leave_processes(accelerator: Accelerator) -> None:
+    """Close the trackers and part, once every process is here."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # A worker thread of gloo takes Python's lock to drop the tensors of the last barrier. The main thread, which holds that lock
+        # while it waits for the worker to end, would wait for ever: so the worker gets time before anything is torn down.
+        time.sleep(1)
+    accelerator.end_training()
 
 
 class StopRequest:
