@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import statistics
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +69,10 @@ class EvaluationSettings:
     temperature: float = setting(-1.0, "sampling temperature, 0 is greedy; below 0 means what the decoding file says")
     top_p: float = setting(0.0, "nucleus sampling; 0 means what the decoding file says")
     seed: int = setting(42, "seed of the draws")
+    common_draws: bool = setting(
+        False, "the same draws for every checkpoint, so that a difference between two is less noisy; otherwise each has its own"
+    )
+    dtype: str = setting("", "float32 or bfloat16; empty means bfloat16 on a GPU and float32 on a CPU (vllm: what the model says)")
     overwrite: bool = setting(False, "replace the files of an earlier run")
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class EvaluationSettings:
             raise InputError("--max_new_tokens and --top_p cannot be negative, and --top_p is at most 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
+        if self.dtype not in ("", "float32", "bfloat16"):
+            raise InputError(f"--dtype is {self.dtype!r}, expected float32 or bfloat16")
         if self.engine not in ("hf", "vllm"):
             raise InputError(f"--engine is {self.engine!r}, expected hf or vllm")
         if self.engine == "vllm" and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -181,6 +186,7 @@ def generate_all(
     decoding: Decoding,
     engine: HFEngine | VLLMEngine,
     seed: int,
+    stream: str,
     fingerprint: str,
     processes: Processes,
 ) -> list[list[int]] | None:
@@ -188,6 +194,7 @@ def generate_all(
 
     Args:
         target: the file that the responses are for.
+        stream: what has draws of its own, as in `generation.draw_key`.
         fingerprint: of all that the responses depend on; partial results with another are thrown away.
         processes: each generates its share and appends to a file of its own.
 
@@ -207,7 +214,6 @@ def generate_all(
     if processes.is_main and known:
         print(f"{target.name}: {len(known)} of {len(prompts)} rows are known from an earlier start")
     if missing:
-        draws = zlib.crc32(adapter.name.encode()) << 32 | seed % 2**32  # another checkpoint, other draws
         with (folder / f"rows_{processes.rank}_{os.getpid()}.jsonl").open("a", encoding="utf-8") as log:
 
             def finished(place: int, response: list[int]) -> None:
@@ -215,7 +221,7 @@ def generate_all(
                 log.flush()
 
             wanted = [prompts[row] for row in missing]
-            engine.generate(str(adapter), wanted, decoding, draws, missing, finished, target.name if processes.is_main else None)
+            engine.generate(str(adapter), wanted, decoding, seed, missing, finished, target.name if processes.is_main else None, stream)
     processes.wait()
     if not processes.is_main:
         return None
@@ -393,9 +399,9 @@ def main() -> None:
             facts = {
                 "base": settings.base_model_name,
                 "adapter": [file_digest(weights), file_digest(adapter / "adapter_config.json")],
-                "engine": [settings.engine, torch.device(device).type],
+                "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
-                "seed": settings.seed,
+                "draws": [settings.seed, "common" if settings.common_draws else adapter.name],
                 "prompts": digest(prompts),
             }
             fingerprint = digest(facts)
@@ -413,21 +419,23 @@ def main() -> None:
     processes = start_processes()
     if settings.engine == "vllm":
         longest = 2048 + max(decoding.max_new_tokens for decoding in decodings.values())
-        engine = VLLMEngine(settings.base_model_name, tokenizer, [str(path) for path in adapters], longest)
+        engine = VLLMEngine(settings.base_model_name, tokenizer, [str(path) for path in adapters], longest, settings.dtype)
     else:
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         own = own_gpu if device == "cuda" else device
-        engine = HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None)
+        engine = HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None, settings.dtype)
 
     # 4. Rollouts and files, checkpoint by checkpoint.
     for adapter, evaluation, target, prompts, fingerprint in jobs:
         template, decoding = by_name[names[adapter]], decodings[evaluation]
-        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, fingerprint, processes)
+        stream = "" if settings.common_draws else adapter.name
+        responses = generate_all(target, adapter, prompts, decoding, engine, settings.seed, stream, fingerprint, processes)
         if responses is None:
             continue
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         record = provenance(
             seed=settings.seed,
+            common_draws=settings.common_draws,
             dtype=engine.dtype,
             model=settings.base_model_name,
             adapter=str(adapter),
