@@ -15,7 +15,6 @@ the last of its checkpoints, kept in `<output_dir>.unfinished` until the end.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shlex
@@ -31,7 +30,7 @@ from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, read_json, write_json
 from parts.models import adapter_base, check_model_name, loading
-from parts.rows import read_rows
+from parts.rows import is_heldout, read_rows
 from parts.runs import provenance
 
 if TYPE_CHECKING:
@@ -96,12 +95,6 @@ def read_pairs(path: str) -> list[Pair]:
         systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
         pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]], systems=systems))
     return pairs
-
-
-def is_heldout(instruction: str, share: float) -> bool:
-    """Whether a prompt is held out: decided by a hash of its text, so that it never depends on seed or file order."""
-    digest = hashlib.sha256(instruction.strip().encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def damage(pair: Pair, other_answer: str, kind: str, rng: random.Random) -> Pair:
