@@ -261,8 +261,8 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
         weight_decay=settings.weight_decay,
         bf16=settings.bf16 and not deepspeed,
         use_cpu=no_gpu and not deepspeed,
-        ddp_backend="gloo" if no_gpu else None,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        ddp_backend="gloo" if no_gpu and "WORLD_SIZE" in os.environ else None,
+        activation_checkpointing=settings.gradient_checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=not no_gpu,
         logging_steps=10,
@@ -272,6 +272,7 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
         save_total_limit=1,
         seed=settings.seed,
         report_to="none",
+        disable_tqdm=True,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != launched:
@@ -288,8 +289,12 @@ def load_model(settings: SFTSettings, mixed_precision: str) -> PreTrainedModel:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     half = mixed_precision == "bf16" and (deepspeed or settings.lora_r > 0)
     dtype = torch.bfloat16 if half else torch.float32
+    # On a CPU, the backward pass of PyTorch's fused attention takes a quarter of a step in bf16.
+    attention = "eager" if mixed_precision == "bf16" and not torch.cuda.is_available() else None
     with loading(settings.model_name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, attn_implementation=attention
+        )
     model.config.use_cache = False
     if not settings.lora_r:
         return model
@@ -307,7 +312,9 @@ def make_trainer(
 ) -> Trainer:
     """transformers' Trainer with the loss on answers alone; no row without a loss goes through the output head."""
     import torch
-    from transformers import Trainer
+    from peft.helpers import disable_input_dtype_casting
+    from tqdm import tqdm
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     head = model.get_output_embeddings()
 
@@ -317,7 +324,8 @@ def make_trainer(
         learnt = following != NOT_LEARNT
         hook = head.register_forward_pre_hook(lambda module, states: (states[0][:, :-1][learnt],))
         try:
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            with disable_input_dtype_casting(model, active=arguments.bf16):  # to LoRA's fp32, from where autocast takes it back
+                logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         finally:
             hook.remove()
         return torch.nn.functional.cross_entropy(logits.float(), following[learnt], reduction="none"), learnt.nonzero()[:, 0]
@@ -350,6 +358,25 @@ def make_trainer(
             raise FloatingPointError(f"the held-out loss is {total}")
         return {"loss": total / tokens}
 
+    class Progress(TrainerCallback):
+        """One bar with rate, time left and the last loss; a line for each held-out loss."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            hidden = not state.is_world_process_zero
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="SFT", unit="step", disable=hidden)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            elif "eval_loss" in logs and state.is_world_process_zero:
+                tqdm.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
@@ -357,7 +384,9 @@ def make_trainer(
         eval_dataset=heldout,
         data_collator=lambda rows: collate(rows, pad),
         compute_metrics=heldout_loss,
+        callbacks=[Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = True  # it counts the learnt tokens of a step for us
     return trainer
 

@@ -120,7 +120,7 @@ def test_a_model_folder_that_every_stage_takes(tiny_model, rows_file, tmp_path, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "6 rows to learn from" in done.stdout and not (tmp_path / "sft.unfinished").exists()
     record = read_json(output / "training_record.json")
-    assert record["after"] < record["before"] - 0.5 and record["steps"] == 18
+    assert record["after"] < record["before"] - 0.1 and record["steps"] == 18
     assert record["dtype"] == ("bf16" if rank == 0 else "float32")
     assert {"commit", "packages", "command", "seed", "settings", "history", "data"} <= set(record)
     assert f"{record['before']:.3f} before, {record['after']:.3f} after" in (output / "README.md").read_text(encoding="utf-8")
@@ -209,7 +209,7 @@ def test_two_processes_train_one_model(tiny_model, rows_file, tmp_path, launch):
     assert done.returncode == 0, done.stderr[-3000:]
     record = read_json(tmp_path / "two" / "training_record.json")
     assert record["processes"] == 2 and record["steps"] == 18
-    assert record["after"] < record["before"] - 0.5
+    assert record["after"] < record["before"] - 0.1
     assert done.stdout.count("6 rows to learn from") == 1  # one writer
     if launch == "ddp-cpu":  # two processes with one row each learn what one with two does
         done = run_script(*words(tiny_model, rows_file, tmp_path / "one", **{**settings, "batch_size": 2}))
