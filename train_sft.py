@@ -81,7 +81,7 @@ class SFTSettings:
         True, "bf16 arithmetic; weights that are trained stay in fp32. Not for DeepSpeed, whose launch file sets its own precision"
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
-    save_steps: int = setting(200, "optimiser steps between checkpoints to resume from")
+    save_steps: int = setting(200, "optimiser steps between checkpoints to resume from; a multiple of 10 keeps the logged losses the same")
     seed: int = setting(42, "seed of initialisation and data order")
 
     lora_r: int = setting(8, "LoRA rank, on all linear layers; 0 means that all weights are trained")
@@ -274,6 +274,8 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
         report_to="none",
         disable_tqdm=True,
     )
+    if deepspeed:  # said only now: the Trainer takes bf16 for a matter of GPUs, and compares its own word with DeepSpeed's
+        arguments.bf16 = arguments.mixed_precision == "bf16"
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != launched:
         raise RuntimeError(f"{arguments.world_size} processes came together, expected {launched} as launched")
@@ -476,13 +478,14 @@ def main() -> None:
         print(f"{output}: is there already, made as it would be now")
         return
     begun = marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
-    if unfinished.exists() and not begun and not settings.overwrite:
+    checkpoints = any(unfinished.glob("checkpoint-*"))
+    if checkpoints and not begun and not settings.overwrite:
         raise InputError(f"{unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)")
 
     # 3. The processes, the model, the Trainer.
     arguments = training_arguments(settings, unfinished)
     is_main = arguments.process_index == 0
-    resumed = begun and any(unfinished.glob("checkpoint-*"))
+    resumed = begun and checkpoints
     arguments.eval_on_start = not resumed
     trainer = make_trainer(settings, load_model(settings, arguments.mixed_precision), arguments, tokenizer.eos_token_id, training, heldout)
     if is_main:

@@ -178,7 +178,7 @@ def test_the_losses_and_the_merged_folder_are_those_of_model_and_adapter(tiny_mo
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_resumed_training_equals_an_uninterrupted_one(tiny_model, rows_file, tmp_path, rank):
-    settings = {"lora_r": rank, "lora_dropout": 0.1, "epochs": 40, "save_steps": 7, "batch_size": 1, "gradient_accumulation_steps": 2}
+    settings = {"lora_r": rank, "lora_dropout": 0.1, "epochs": 40, "save_steps": 10, "batch_size": 1, "gradient_accumulation_steps": 2}
     done = run_script(*words(tiny_model, rows_file, tmp_path / "whole", **settings))
     assert done.returncode == 0, done.stderr[-3000:]
     command = words(tiny_model, rows_file, tmp_path / "sft", **settings)
