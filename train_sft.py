@@ -282,6 +282,12 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
     return arguments
 
 
+def last_checkpoint(unfinished: Path) -> Path | None:
+    """The newest whole checkpoint of a begun training: the Trainer writes its state last."""
+    whole = [path for path in unfinished.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
 def load_model(settings: SFTSettings, mixed_precision: str) -> PreTrainedModel:
     """The model to train. What is trained is in fp32, except under DeepSpeed, which keeps fp32 copies of its own."""
     import torch
@@ -478,23 +484,24 @@ def main() -> None:
         print(f"{output}: is there already, made as it would be now")
         return
     begun = marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
-    checkpoints = any(unfinished.glob("checkpoint-*"))
-    if checkpoints and not begun and not settings.overwrite:
+    checkpoint = last_checkpoint(unfinished)
+    if checkpoint and not begun and not settings.overwrite:
         raise InputError(f"{unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)")
 
     # 3. The processes, the model, the Trainer.
     arguments = training_arguments(settings, unfinished)
     is_main = arguments.process_index == 0
-    resumed = begun and checkpoints
-    arguments.eval_on_start = not resumed
+    resumed = str(checkpoint) if checkpoint and begun else None
+    arguments.eval_on_start = resumed is None
     trainer = make_trainer(settings, load_model(settings, arguments.mixed_precision), arguments, tokenizer.eos_token_id, training, heldout)
     if is_main:
-        if not resumed:
+        if resumed is None:
             shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True, exist_ok=True)
         marker.write_text(fingerprint, encoding="utf-8")
         learnt = sum(label != NOT_LEARNT for row in training for label in row["labels"])
         print(f"{len(training)} rows to learn from, {learnt} answer tokens; {len(heldout)} rows held out")
+        print(f"resumes from {resumed}" if resumed else f"checkpoints: {unfinished}")
     trainer.accelerator.wait_for_everyone()
 
     # 4. Training; the Trainer's bar shows the rate and the time left.
