@@ -1,6 +1,6 @@
 """Supervised fine-tuning: a backbone for PPO from any causal language model and rows {input, output}.
 
-    python train_sft.py --model_name=$MODEL_NAME --dataset_path=data/alpacafarm_sft.json --output_dir=outputs/sft
+    python train_sft.py --model_name=$MODEL_NAME --dataset_path=data/sft_rows.json --output_dir=outputs/sft
     accelerate launch --num_processes 8 --config_file configs/zero2-bf16.yaml train_sft.py ...     # GPUs, DeepSpeed ZeRO-2
     accelerate launch --config_file configs/zero2-bf16-cpu.yaml train_sft.py ...                   # two processes on a CPU
 
