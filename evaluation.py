@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +71,15 @@ class EvaluationSettings(Settings):
     temperature: float = setting(-1.0, "sampling temperature, 0 is greedy; below 0 means what the decoding file says")
     top_p: float = setting(0.0, "nucleus sampling; 0 means what the decoding file says", least=0, most=1)
     seed: int = setting(42, "seed of the draws", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
+    common_draws: bool = setting(
+        False, "the same draws for every checkpoint, so that a difference between two is less noisy; otherwise each has its own"
+    )
+    dtype: str = setting(
+        "",
+        "float32 or bfloat16; empty means bfloat16 on a GPU and float32 on a CPU (vllm: what the model says)",
+        choices=("", "float32", "bfloat16"),
+        expected="float32 or bfloat16",
+    )
     overwrite: bool = setting(False, "replace the files of an earlier run")
 
     def __post_init__(self) -> None:
@@ -152,6 +160,7 @@ class Job:
     Args:
         target: the file.
         prompts: token ids by row.
+        stream: what has draws of its own, as in `generation.draw_key`.
         fingerprint: of all that the responses depend on.
     """
 
@@ -161,6 +170,7 @@ class Job:
     template: ChatTemplate
     prompts: list[list[int]]
     decoding: Decoding
+    stream: str
     fingerprint: str
 
     def is_done(self) -> bool:
@@ -208,13 +218,14 @@ def plan(
             facts = {
                 "base": settings.base_model_name,
                 "adapter": [file_digest(weights), file_digest(checkpoint.folder / "adapter_config.json")],
-                "engine": [settings.engine, torch.device(device).type],
+                "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
-                "seed": settings.seed,
+                "draws": [settings.seed, "common" if settings.common_draws else checkpoint.name],
                 "prompts": digest(prompts[evaluation, template.name]),
             }
             target = paths[evaluation](checkpoint.folder)
-            jobs.append(Job(checkpoint, evaluation, target, template, prompts[evaluation, template.name], decoding, digest(facts)))
+            stream = "" if settings.common_draws else checkpoint.name
+            jobs.append(Job(checkpoint, evaluation, target, template, prompts[evaluation, template.name], decoding, stream, digest(facts)))
     return jobs
 
 
@@ -230,9 +241,9 @@ def load_engine(
     if settings.engine == "vllm":
         longest = 2048 + max(job.decoding.max_new_tokens for job in jobs)
         adapters = dict.fromkeys(str(job.checkpoint.folder) for job in jobs)
-        return VLLMEngine(settings.base_model_name, tokenizer, list(adapters), longest)
+        return VLLMEngine(settings.base_model_name, tokenizer, list(adapters), longest, settings.dtype)
     own = f"cuda:{processes.local_process_index}" if device == "cuda" else device
-    return HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None)
+    return HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None, settings.dtype)
 
 
 def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: PartialState) -> list[list[int]] | None:
@@ -256,14 +267,13 @@ def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: 
     if is_main and known:
         print(f"{target}: {len(known)} of {len(job.prompts)} rows are known from an earlier start")
     if missing:
-        draws = zlib.crc32(job.checkpoint.name.encode()) << 32 | seed % 2**32  # another checkpoint, other draws
         log = JsonLines(folder / f"rows_{processes.process_index}_{os.getpid()}.jsonl")
 
         def finished(place: int, response: list[int]) -> None:
             log.append([missing[place], response])
 
         wanted = [job.prompts[row] for row in missing]
-        engine.generate(str(job.checkpoint.folder), wanted, job.decoding, draws, missing, finished, target if is_main else None)
+        engine.generate(str(job.checkpoint.folder), wanted, job.decoding, seed, missing, finished, target if is_main else None, job.stream)
     processes.wait_for_everyone()
     if not is_main:
         return None
@@ -298,6 +308,7 @@ def write_rollouts(
     texts = engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
     record = provenance(
         seed=settings.seed,
+        common_draws=settings.common_draws,
         dtype=engine.dtype,
         model=settings.base_model_name,
         adapter=str(job.checkpoint.folder),

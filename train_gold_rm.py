@@ -28,7 +28,8 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, read_json, write_json
 from parts.models import adapter_base, check_model_name, loading
-from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, is_heldout, read_pairs, select_pairs
+from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
+from parts.rows import is_heldout
 from parts.runs import provenance
 
 if TYPE_CHECKING:

@@ -50,10 +50,13 @@ class ChatTemplate:
         return self.render_chat([{"role": "user", "content": instruction}], add_generation_prompt=True)
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery."""
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens
-        )
+        """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery. Raises InputError where the template fails."""
+        try:
+            rendered, _ = render_jinja_template(
+                [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens
+            )
+        except TemplateError as error:
+            raise InputError(f"chat template '{self.name}': it cannot be rendered ({type(error).__name__}: {error})") from None
         return rendered[0]
 
     @cached_property
@@ -87,14 +90,18 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
     """Load a template by name; "tokenizer" is the tokenizer's own, with its special tokens as stop strings and role headings.
 
     Raises:
-        InputError: an unknown name, a file that lacks `stop_strings` or `role_headings`, or a tokenizer without a chat template.
+        InputError: an unknown name, a file that lacks `stop_strings` or `role_headings`, a tokenizer without a chat template, or one whose
+            template fails or leaves the instruction out.
     """
     if name == TOKENIZER_OWN:
         if tokenizer is None or not isinstance(tokenizer.chat_template, str):
             raise InputError("chat template 'tokenizer': this tokenizer has no chat template of its own")
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         stops = tuple(sorted({str(token) for token in tokenizer.all_special_tokens}))
-        return ChatTemplate(name, tokenizer.chat_template, stops, stops, special)
+        own = ChatTemplate(name, tokenizer.chat_template, stops, stops, special)
+        if (count := own.render(_MARK).count(_MARK)) != 1:
+            raise InputError(f"chat template 'tokenizer': a prompt holds the instruction {count} times, expected once")
+        return own
     if name not in template_names():
         raise InputError(f"unknown chat template '{name}', expected one of {', '.join(template_names())}")
     return _load_file(FOLDER / f"{name}.jinja")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +51,30 @@ class Decoding:
         return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int) -> torch.Tensor:
-    """[rows, max_new_tokens] numbers in [0, 1) that depend on the seed and on each row's number alone."""
-    return torch.tensor(np.stack([np.random.Generator(np.random.Philox(key=[seed, row])).random(max_new_tokens) for row in rows]))
+def draw_key(seed: int, stream: str, row: int, sample: int = 0) -> np.ndarray:
+    """The key of a sample's draws, for NumPy's Philox: two unsigned 64-bit integers.
+
+    They are [CRC-32 of the stream's name, seed] and [sample, row], 32 bits each; no stream's name counts as 0.
+
+    Args:
+        seed: 0 to 2**32 - 1.
+        stream: what has draws of its own, a checkpoint's name for example; empty: the draws that all have in common.
+        row: of the prompt, 0 to 2**32 - 1.
+        sample: which of the prompt's samples.
+    """
+    # Python integers of 2**63 and more would become floats, which lose the seed.
+    return np.array([zlib.crc32(stream.encode()) << 32 | seed, sample << 32 | row], dtype=np.uint64)
+
+
+def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int, stream: str = "", sample: int = 0) -> torch.Tensor:
+    """[rows, max_new_tokens] numbers in [0, 1). Each row's depend on its number and on seed, stream and sample (`draw_key`) alone."""
+    generators = [np.random.Generator(np.random.Philox(key=draw_key(seed, stream, row, sample))) for row in rows]
+    return torch.tensor(np.stack([generator.random(max_new_tokens) for generator in generators]))
+
+
+def row_seed(seed: int, stream: str, row: int, sample: int = 0) -> int:
+    """One number of 63 bits in place of a row's draws, for an engine that draws by itself from a seed."""
+    return int(np.random.Philox(key=draw_key(seed, stream, row, sample)).random_raw()) >> 1
 
 
 @torch.no_grad()
@@ -133,7 +155,8 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     """While the block runs, the model is in the form in which a token costs least.
 
     LoRA is added to copies of the weights. The weights themselves come back untouched (adding and subtracting would round them a little
-    further each time). Only where they are fp32: in half precision the sum would round a small adapter away.
+    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. The output
+    head gets its input contiguous.
     """
     from peft.tuners.lora import Linear as LoraLinear
 
@@ -141,6 +164,8 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     # Variants of LoRA (DoRA ...) are more than a difference of weights.
     lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32 and not layer.lora_variant]
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
+    # The last position alone is a slice, for which PyTorch's linear copies the head's weights once a row.
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
         with torch.no_grad():
             for layer in lora:
@@ -150,6 +175,7 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
         with one_token_at_a_time(model, batch_size):
             yield
     finally:
+        contiguous.remove()
         for layer in lora:
             layer._disable_adapters = False
         for base, weight in weights.items():
@@ -166,8 +192,9 @@ def generate_responses(
     description: str | None = None,
     rows: Sequence[int] | None = None,
     finished: Callable[[int, list[int]], None] | None = None,
+    stream: str = "",
 ) -> list[list[int]]:
-    """Sample one response to each prompt. It depends on the seed and the row's number, not on the batch it is drawn in.
+    """Sample one response to each prompt. It depends on seed, stream and the row's number, not on the batch it is drawn in.
 
     Args:
         model: a causal LM in eval mode.
@@ -177,6 +204,7 @@ def generate_responses(
         description: of the progress bar; no bar without it.
         rows: the prompts' row numbers, where they are a part of some larger file; 0, 1, ... by default.
         finished: called with each prompt's place and response as soon as its batch is done.
+        stream: what has draws of its own (`draw_key`).
 
     Returns:
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
@@ -187,7 +215,7 @@ def generate_responses(
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
         for places in batches_by_length(list(map(len, prompts)), batch_size, longest_first=True):
-            draws = row_draws(seed, [rows[place] for place in places], decoding.max_new_tokens)
+            draws = row_draws(seed, [rows[place] for place in places], decoding.max_new_tokens, stream)
             found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
             for place, response in zip(places, found):
                 responses[place] = response
@@ -206,20 +234,23 @@ class HFEngine:
     """Rollouts of adapters on one base model by transformers; the base is loaded once.
 
     Args:
-        base: the base model, hub name or folder: bf16 on a GPU, fp32 on a CPU.
+        base: the base model, hub name or folder.
         tokenizer: for generation.
         device: where the model runs.
         batch_size: prompts at a time.
+        dtype: "float32" or "bfloat16"; empty means bfloat16 on a GPU and float32 on a CPU.
     """
 
     name = "hf"
 
-    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, device: str, batch_size: int, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, base: str, tokenizer: PreTrainedTokenizerBase, device: str, batch_size: int, cache_dir: str | None = None, dtype: str = ""
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         with loading(base, "a causal language model"):
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, cache_dir=cache_dir)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), cache_dir=cache_dir)
         self.name_or_path = base
         self.model = use_onednn(model.to(device).eval().requires_grad_(False))
         self.tokenizer = tokenizer
@@ -238,6 +269,7 @@ class HFEngine:
         rows: Sequence[int],
         finished: Callable[[int, list[int]], None],
         description: str | None = None,
+        stream: str = "",
     ) -> None:
         """One response to each prompt from the base model with `adapter`, handed to `finished(place, token ids)` as it is done."""
         from peft import PeftModel
@@ -245,7 +277,7 @@ class HFEngine:
         with loading(adapter, f"an adapter of {self.name_or_path}"):
             model = PeftModel.from_pretrained(self.model, adapter).eval()
         try:
-            generate_responses(model, self.tokenizer, prompts, decoding, self.batch_size, seed, description, rows, finished)
+            generate_responses(model, self.tokenizer, prompts, decoding, self.batch_size, seed, description, rows, finished, stream)
         finally:
             self.model = model.unload()
 
@@ -259,7 +291,7 @@ class VLLMEngine:
 
     name = "vllm"
 
-    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str], max_length: int) -> None:
+    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str], max_length: int, dtype: str = "") -> None:
         from transformers import AutoConfig
 
         try:
@@ -270,7 +302,8 @@ class VLLMEngine:
         rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
         with loading(base, "a model for vLLM"):
             positions = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_length)
-            self.engine = LLM(model=base, enable_lora=True, max_lora_rank=rank, max_model_len=min(max_length, positions))
+            length = min(max_length, positions)
+            self.engine = LLM(model=base, dtype=dtype or "auto", enable_lora=True, max_lora_rank=rank, max_model_len=length)
         self.tokenizer = tokenizer
         self.numbers = {adapter: number for number, adapter in enumerate(adapters, start=1)}
 
@@ -287,6 +320,7 @@ class VLLMEngine:
         rows: Sequence[int],
         finished: Callable[[int, list[int]], None],
         description: str | None = None,
+        stream: str = "",
     ) -> None:
         """As `HFEngine.generate`; vLLM batches by itself and shows its own progress bar."""
         from vllm import SamplingParams
@@ -300,7 +334,7 @@ class VLLMEngine:
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
                 top_k=decoding.top_k or -1,
-                seed=None if current_platform.is_cpu() else (seed * 1_000_003 + row) % 2**31,
+                seed=None if current_platform.is_cpu() else row_seed(seed, stream, row),
                 stop_token_ids=[self.tokenizer.eos_token_id],
                 skip_special_tokens=False,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -46,12 +45,6 @@ def read_pairs(path: str) -> list[Pair]:
         systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
         pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]], systems=systems))
     return pairs
-
-
-def is_heldout(instruction: str, share: float) -> bool:
-    """Whether a prompt is held out: decided by a hash of its text, so that it never depends on seed or file order."""
-    digest = hashlib.sha256(instruction.strip().encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def damage(pair: Pair, other_answer: str, kind: str, rng: random.Random) -> Pair:

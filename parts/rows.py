@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -281,6 +282,12 @@ def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[st
         if instruction not in by_instruction:
             raise InputError(f"{path}: no row for row {number} of {wanted_by}, expected the instruction {instruction[:60]!r}")
     return [by_instruction[instruction] for instruction in instructions]
+
+
+def is_heldout(prompt: str, share: float) -> bool:
+    """Whether a prompt is held out. A hash of its text decides: it never depends on a seed or on the order of a file."""
+    first = hashlib.sha256(prompt.strip().encode()).digest()[:8]
+    return int.from_bytes(first, "big") < share * 2**64
 
 
 def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,26 @@ def test_an_interrupted_evaluation_goes_on(tiny_model, checkpoints, eval_file, t
     done = run_script(*command)
     assert done.returncode == 0 and "known from an earlier start" not in done.stdout
     assert {step: texts(checkpoints, step) for step in (2, 10)} == expected
+
+
+def test_common_draws_and_bf16(tiny_model, checkpoints, eval_file, tmp_path):
+    """The same adapter under two names: other texts by default, the same with common draws; both settings are in the fingerprint."""
+    for name in ("run_step_2", "run_step_3"):
+        shutil.copytree(checkpoints / "run_step_2", tmp_path / name, ignore=shutil.ignore_patterns("alpaca-eval*"))
+    command = [word for word in words(tiny_model, tmp_path, eval_file) if word != "--overwrite=true"]
+    assert run_script(*command).returncode == 0
+    own = texts(tmp_path, 2)
+    assert own != texts(tmp_path, 3)
+    for changed in ("--common_draws=true", "--dtype=bfloat16"):
+        done = run_script(*command, changed)
+        assert done.returncode == 2 and "run_step_2.json: exists already, made otherwise" in done.stderr
+    done = run_script(*command, "--common_draws=true", "--dtype=bfloat16", "--overwrite=true")
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path, 2) == texts(tmp_path, 3) != own
+    meta = read_json(tmp_path / "run_step_3" / "alpaca-eval-run_step_3.meta.json")
+    assert meta["common_draws"] is True and meta["dtype"] == "bfloat16"
+    done = run_script(*command, "--dtype=half")
+    assert done.returncode == 2 and "--dtype is 'half', expected float32 or bfloat16" in done.stderr
 
 
 def test_finished_files_stay_and_others_are_in_the_way(tiny_model, checkpoints, eval_file):

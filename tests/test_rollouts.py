@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from parts.chat_templates import ChatTemplate, encode_prompts, load_template
-from parts.generation import Decoding, generate_responses, ready_to_sample, row_draws, sample
+from parts.generation import Decoding, draw_key, generate_responses, ready_to_sample, row_draws, row_seed, sample
 from parts.models import load_tokenizer
 from parts.ppo_data import Prompt, batches, cut_at_stop_string
 from parts.ppo_metrics import require_finite_step
@@ -178,3 +179,41 @@ def test_linear_layers_through_onednn(monkeypatch):
     ours.weight.requires_grad_()  # a layer that is trained computes as ever
     ours(x).sum().backward()
     assert ours.weight.grad is not None
+
+
+def test_draws_depend_on_seed_stream_row_and_sample():
+    names = [f"design_{number % 7}_step_{number}" for number in range(300)]
+    for name in names:
+        assert not torch.equal(row_draws(7, [3], 8, name), row_draws(42, [3], 8, name))
+    keys = {
+        tuple(draw_key(seed, name, row, sample).tolist())
+        for seed in (7, 42)
+        for name in ["", *names]
+        for row in (0, 1)
+        for sample in (0, 1)
+    }
+    assert len(keys) == 2 * 301 * 2 * 2
+    assert draw_key(42, "", 5).tolist() == [42, 5] and draw_key(42, "", 5).dtype == np.uint64
+    assert draw_key(42, "full_step_4", 5, 1).tolist() == [0xEE721E7E0000002A, 0x0000000100000005]
+    ours = row_draws(7, [0, 1], 8, "full_step_4")
+    assert not torch.equal(ours[0], ours[1])
+    assert not torch.equal(ours, row_draws(7, [0, 1], 8, "full_step_8"))
+    assert not torch.equal(ours, row_draws(7, [0, 1], 8, "full_step_4", sample=1))
+    assert torch.equal(row_draws(7, [1], 3), row_draws(7, [0, 1], 8)[1:, :3])
+    assert row_draws(42, [5], 2)[0].tolist() == pytest.approx([0.299843896448, 0.538471096058], abs=1e-11)
+    assert row_draws(42, [5], 2, "full_step_4", 1)[0].tolist() == pytest.approx([0.425117394682, 0.472505954325], abs=1e-11)
+    seeds = {row_seed(seed, name, row) for seed in (7, 42) for name in names for row in (0, 1)}
+    assert len(seeds) == 2 * 300 * 2 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_output_head_sees_contiguous_inputs(policy, tiny_model):
+    """PyTorch's linear copies the weights once a row for others."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    seen = []
+    head = policy.get_output_embeddings()
+    # Registered first, it would see what comes before our hook: a forward hook sees what the head computes with.
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, inputs[0].is_contiguous())))
+    generate_responses(policy, tokenizer, [[5, 6, 7], [8, 9], [10]], Decoding(4), 3, seed=1)
+    handle.remove()
+    assert seen[0] == ((3, 1, 32), True) and all(contiguous for _, contiguous in seen)
+    assert not head._forward_pre_hooks

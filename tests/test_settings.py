@@ -18,6 +18,7 @@ SCRIPTS = {
     "evaluation": "EvaluationSettings",
     "eval_monotonicity": "MonotonicitySettings",
     "train_gold_rm": "GoldTrainingSettings",
+    "train_sft": "SFTSettings",
     "parts.bundled_models": "BundledModelSettings",
     "reward_model": "RewardSettings",
     "parts.score_files": "ScoreFileSettings",
