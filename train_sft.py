@@ -24,88 +24,85 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.cli import parse_settings, setting
-from parts.data_checks import check_rows
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, digest, file_digest, read_json, write_json
 from parts.models import check_model_name, loading
-from parts.rows import is_heldout
-from parts.runs import provenance
+from parts.runs import RECORD, provenance
+from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-    from parts.chat_templates import ChatTemplate
 
-RECORD = "training_record.json"
-NOT_LEARNT = -100  # the label of a token without a loss
-SORTED_TOGETHER = 16  # batches within which rows are sorted by length
 # Settings that do not reach the weights: a begun training resumes with other ones.
 HARMLESS = {"cache_dir", "data_note", "output_dir", "overwrite", "save_steps"}
 
 
 @dataclass
-class SFTSettings:
-    model_name: str = setting("", "causal LM to train: hub name or folder, no adapter")
+class SFTSettings(Settings):
+    model_name: str = setting(
+        "", "causal LM to train: hub name or folder, no adapter", path=True, required=True, expected="a hub name or a folder"
+    )
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache")
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
 
-    dataset_path: str = setting("data/train.json", "training rows {input, output}: .json, .jsonl, or either gzipped")
-    heldout_path: str = setting("", "rows of the same form to measure the loss on; empty means a share of the training rows")
-    heldout_share: float = setting(0.05, "share of the training prompts that is held out, where heldout_path is empty")
+    dataset_path: str = setting("data/train.json", "training rows {input, output}: .json, .jsonl, or either gzipped", path=True)
+    heldout_path: str = setting("", "rows of the same form to measure the loss on; empty means a share of the training rows", path=True)
+    heldout_share: float = setting(
+        0.05, "share of the training prompts that is held out, where heldout_path is empty", above=0, expected="more than 0 and less than 1"
+    )
     data_note: str = setting("not stated", "origin and licence of the rows, for the card")
-    output_dir: str = setting("outputs/sft", "folder that receives the model")
+    output_dir: str = setting("outputs/sft", "folder that receives the model", path=True)
     overwrite: bool = setting(False, "replace what is at output_dir, and a begun training with other settings")
 
-    answer_words: int = setting(0, "learn only the first whole sentences of an answer, this many words at most; 0 means whole answers")
-    empty_outputs: str = setting("error", "what to do with rows whose output is empty: 'error' or 'drop'")
-    max_length: int = setting(512, "longest prompt and answer together in tokens; longer rows are left out")
+    answer_words: int = setting(
+        0,
+        "learn only the first whole sentences of an answer, this many words at most; 0 means whole answers",
+        least=0,
+        expected="0 or more",
+    )
+    empty_outputs: str = setting(
+        "error", "what to do with rows whose output is empty: 'error' or 'drop'", choices=("error", "drop"), expected="'error' or 'drop'"
+    )
+    max_length: int = setting(512, "longest prompt and answer together in tokens; longer rows are left out", least=1)
 
-    epochs: float = setting(3.0, "passes over the rows")
-    batch_size: int = setting(16, "rows per forward and backward pass and process")
-    gradient_accumulation_steps: int = setting(1, "batches per optimiser step; wins over the launch file's")
-    learning_rate: float = setting(0.0, "peak learning rate, warmed up and decayed by a cosine; 0 means 2e-4 with LoRA, 2e-5 without")
+    epochs: float = setting(3.0, "passes over the rows", above=0)
+    batch_size: int = setting(16, "rows per forward and backward pass and process", least=1)
+    gradient_accumulation_steps: int = setting(1, "batches per optimiser step; wins over the launch file's", least=1)
+    learning_rate: float = setting(
+        0.0, "peak learning rate, warmed up and decayed by a cosine; 0 means 2e-4 with LoRA, 2e-5 without", least=0, expected="0 or more"
+    )
     warmup_ratio: float = setting(0.03, "share of the steps that warm up")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0, expected="0 or more")
     bf16: bool = setting(
         True, "bf16 arithmetic; weights that are trained stay in fp32. Not for DeepSpeed, whose launch file sets its own precision"
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
-    save_steps: int = setting(200, "optimiser steps between checkpoints to resume from; a multiple of 10 keeps the logged losses the same")
-    seed: int = setting(42, "seed of initialisation and data order")
+    save_steps: int = setting(
+        200, "optimiser steps between checkpoints to resume from; a multiple of 10 keeps the logged losses the same", least=1
+    )
+    seed: int = setting(42, "seed of initialisation and data order", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
 
-    lora_r: int = setting(8, "LoRA rank, on all linear layers; 0 means that all weights are trained")
-    lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
+    lora_r: int = setting(8, "LoRA rank, on all linear layers; 0 means that all weights are trained", least=0, expected="0 or more")
+    lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r", least=1)
     lora_dropout: float = setting(0.0, "LoRA dropout")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "max_length", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "weight_decay", "answer_words", "lora_r"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected 0 or more")
+        super().__post_init__()
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected 0 or more and less than 1")
-        if not 0 < self.heldout_share < 1:
+        if self.heldout_share >= 1:
             raise InputError(f"--heldout_share is {self.heldout_share}, expected more than 0 and less than 1")
-        if not self.epochs > 0:
-            raise InputError(f"--epochs is {self.epochs}, expected more than 0")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed is {self.seed}, expected 0 to 2**32 - 1")
-        if self.empty_outputs not in ("error", "drop"):
-            raise InputError(f"--empty_outputs is {self.empty_outputs!r}, expected 'error' or 'drop'")
         self.learning_rate = self.learning_rate or (2e-4 if self.lora_r else 2e-5)
 
 
@@ -114,121 +111,11 @@ class SFTSettings:
 
 def check_base_model(settings: SFTSettings) -> None:
     """Raise InputError where no whole model can be loaded, or where it would be overwritten."""
-    if not settings.model_name:
-        raise InputError("--model_name is missing, expected a hub name or a folder")
     if (Path(settings.model_name) / "adapter_config.json").is_file():
         raise InputError(f"--model_name: {settings.model_name} is an adapter, expected a whole model")
     check_model_name(settings.model_name)
     if Path(settings.model_name).resolve() == Path(settings.output_dir).resolve():
         raise InputError(f"--output_dir: {settings.output_dir} is the model to train, expected another folder")
-
-
-# A full stop, question or exclamation mark, with quotes and brackets that close, before white space and no small letter. Not after a digit
-# ("1." begins an item of a list), and not in a name ("J.", "Mr.").
-_SENTENCE_END = re.compile(r"""(?<![0-9])(?<!\b[A-Z])(?<!\b[DM]r)(?<!\bMs)(?<!\bMrs)[.!?]["'”’)\]]*(?=\s+[^\sa-z]|\s*$)""")
-
-
-def first_sentences(text: str, words: int) -> str | None:
-    """The first whole sentences of `text` that have `words` words at most together; None where the first one is longer."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    fitting = [end for end in [*ends, len(text.rstrip())] if len(text[:end].split()) <= words]
-    return text[: fitting[-1]].strip() if fitting else None
-
-
-def read_examples(
-    path: str, settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, against: Sequence[str] = ()
-) -> list[dict]:
-    """Rows as {"input", "input_ids", "labels"}: prompt, answer and end of sequence as tokens; the prompt's labels are `NOT_LEARNT`.
-
-    A line says how many rows were left out, and why.
-
-    Raises:
-        InputError: an unusable row, an empty output, or no row left.
-    """
-    from parts.chat_templates import encode_prompts
-
-    rows = check_rows(path, {"input": None, "output": None}, against)
-    kept, empty, long_sentence = [], 0, 0
-    for number, row in enumerate(rows, start=1):
-        answer: str | None = row["output"].strip()
-        if not answer:
-            empty += 1
-            if settings.empty_outputs == "error":
-                raise InputError(
-                    f"{path}: row {number}: field 'output' is empty, expected an answer (--empty_outputs=drop leaves such rows out)"
-                )
-            continue
-        answer = first_sentences(answer, settings.answer_words) if settings.answer_words else answer
-        if answer is None:
-            long_sentence += 1
-        else:
-            kept.append((row["input"], answer))
-    prompts = encode_prompts(tokenizer, [template.render(instruction) for instruction, _ in kept])
-    answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, answer in kept]
-    examples = [
-        {"input": instruction, "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}
-        for (instruction, _), prompt, answer in zip(kept, prompts, answers)
-        if len(prompt) + len(answer) <= settings.max_length
-    ]
-    left_out = {
-        "output is empty": empty,
-        f"first sentence has more than {settings.answer_words} words": long_sentence,
-        f"prompt and answer have more than {settings.max_length} tokens": len(kept) - len(examples),
-    }
-    reasons = "; ".join(f"{count}: {reason}" for reason, count in left_out.items() if count)
-    if not examples:
-        raise InputError(f"{path}: no row is left to learn from ({reasons})")
-    if reasons and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: {len(rows) - len(examples)} of {len(rows)} rows are left out ({reasons})")
-    return examples
-
-
-def split(examples: list[dict], share: float) -> tuple[list[dict], list[dict]]:
-    """Examples to learn from, and those whose prompt is held out."""
-    held = [is_heldout(example["input"], share) for example in examples]
-    return [row for row, out in zip(examples, held) if not out], [row for row, out in zip(examples, held) if out]
-
-
-def collate(rows: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """[rows, longest] token ids, mask and labels, padded on the right."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-    mask = [torch.ones_like(row) for row in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence(mask, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNT),
-    }
-
-
-class ByLength:
-    """A sampler: places of rows, so that each `batch` in a row are of similar length. Its order depends on seed and epoch alone."""
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        import numpy as np
-
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order, chunk = generator.permutation(len(self)).tolist(), self.batch * SORTED_TOGETHER
-        batches = []
-        for start in range(0, len(order), chunk):
-            places = sorted(order[start : start + chunk], key=lambda place: self.lengths[place], reverse=True)
-            batches += [places[first : first + self.batch] for first in range(0, len(places), self.batch)]
-        last = [] if len(order) % self.batch == 0 else [batches.pop()]  # the one that is not full
-        for place in generator.permutation(len(batches)).tolist():
-            yield from batches[place]
-        for places in last:
-            yield from places
 
 
 # --------------------------------------------------------------------------------------------------------------- training

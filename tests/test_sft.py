@@ -20,7 +20,8 @@ from parts.chat_templates import load_template
 from parts.errors import InputError
 from parts.files import read_json
 from parts.models import load_tokenizer
-from train_sft import NOT_LEARNT, ByLength, SFTSettings, collate, first_sentences, read_examples
+from parts.sft_data import NOT_LEARNT, ByLength, collate, first_sentences, read_examples
+from train_sft import SFTSettings
 
 
 def words(model, rows, output, **settings) -> list[str]:
