@@ -6,7 +6,7 @@ floor 0, ground
     cli               command lines and YAML files into dataclasses of settings
     cpu_speed         faster linear layers on some CPUs
 floor 1, rows, runs and models
-    rows              files of rows, read one at a time, and what is wrong with each
+    rows              files of rows: reading, checking, matching
     runs              a run's layout on disk; what every output records
     models            models by name: which can be loaded, where they run, their tokenizers
     chat_templates    prompts
@@ -25,4 +25,6 @@ floor 2, what the stages are made of
     scores            scores kept by row
     designs           proxy designs against a leaderboard
     report            the figure and the page of a scored run
+floor 3, made of these
+    annotators        what annotates rows: an API, a local model, a classifier
 """
