@@ -1,38 +1,44 @@
 """What the scripts share: one flat folder. A module imports only from floors below its own, and never a script.
 
-floor 0, ground
+floor 0, what needs nothing of ours
     errors            InputError, and how a script says it in one line
-    files             text, JSON, CSV in; atomic writes out; digests
-    cli               command lines and YAML files into dataclasses of settings
-    cpu_speed         what is faster on a CPU, and nothing else
     batching          rows of unequal length: which go together, and their padding
-    processes         the processes of a run: joining, stopping together
-floor 1, rows, runs and models
-    rows              files of rows, read one at a time, and what is wrong with each
-floor 1, runs and models
+    overlap           ROUGE-L and BLEU
+    processes         the processes of a run: they come together, stop and part
+    cpu_speed         what is faster on a CPU, and nothing else
+floor 1, files
+    files             text, JSON, CSV in; atomic writes out; digests
+    rows              files of rows: reading, checking, matching
+    bradley_terry     the loss of a gold model's training, over rankings
+floor 2, words, names, numbers
+    cli               command lines and YAML files into dataclasses of settings
     runs              a run's layout on disk, its checkpoints; what every output records
     models            models by name: which can be loaded, where they run, their tokenizers
     chat_templates    prompts
-    overlap           ROUGE-L and BLEU
-floor 2, what the stages are made of
-    data_checks       all that is wrong with a file of rows, in one pass
-    generation        prompts in, responses out
+    preferences       preference pairs to train a gold model on
+    rank_statistics   SpearmanR and what surrounds it
+    ppo_metrics       the numbers that PPO logs
+floor 3, what the stages are made of
+    features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_models       gold reward models
-    preferences       preference pairs to train a gold model on
-    bradley_terry     the loss of that training, over rankings
-    qtype_classifier  query types told by a model
+    generation        prompts in, responses out
+    data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary
-    bundled_models    models from packages, for machines without a hub
-    ppo_data          PPO's prompts in batches
-    ppo_trainer       TRL's PPOTrainer, faster
-    ppo_setup         a run's settings into that trainer, its policy and optimizer
-    ppo_metrics       the numbers that PPO logs
-    ppo_state         saving and resuming PPO
-    rank_statistics   SpearmanR and what surrounds it
     scores            scores kept by row
-floor 3, what is said of scores
     baseline          rollouts beside another model's outputs
     designs           proxy designs against a leaderboard
     report            the lines, the figure and the page of a scored run
+    bundled_models    models from packages, for machines without a hub
+floor 4, made of these
+    rewards           what any reward takes and gives; a user's function, a learned model
+    ppo_data          PPO's prompts in batches
+    ppo_trainer       TRL's PPOTrainer, faster
+    sft_data          rows for supervised fine-tuning
+    qtype_classifier  query types told by a model
+floor 5, the largest
+    ppo_setup         a run's settings into the trainer, its policy and optimizer
+    ppo_state         saving and resuming PPO
+    score_files       the scoring command
+    annotators        what annotates rows: an API, a local model, a classifier
 """

@@ -1,4 +1,4 @@
-"""Files of rows, read one row at a time, and what is wrong with each: the rules that `records.read_rows` and `validation.py` share."""
+"""Files of rows: the one room where they are read, checked, matched with each other, and their faults named."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import NamedTuple
 from parts.errors import InputError
 
 QTYPES = ("OPENENDED", "CONSTRAINED")
-_CHUNK = 2**20  # bytes read at a time
-_ROW_LIMIT = 2**24  # characters; a file with a longer row has lost its row ends
+CHUNK = 2**20  # bytes read at a time
+ROW_LIMIT = 2**24  # characters; a file with a longer row has lost its row ends
 _MARGIN = 16  # characters: what is read or fails so close to a chunk's end may look otherwise with the next (1e-5, \u00e9, -Infinity)
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -34,203 +34,6 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return self.text if self.row is None else f"row {self.row}: {self.text}"
-
-
-def row_problems(row: object, fields: Mapping[str, Sequence[str] | None], number: int) -> Iterator[Problem]:
-    """All that a row lacks of `fields`, which are those of `read_rows`; its prompt (`instruction`, or else `input`) must not be empty."""
-    if not isinstance(row, dict):
-        yield Problem("not an object", f"expected an object, found {type(row).__name__}", number)
-        return
-    prompt_field = "instruction" if "instruction" in fields else "input"  # beside an instruction, an input is material, and may be empty
-    for name, allowed in fields.items():
-        if name not in row:
-            yield Problem("missing field", f"field '{name}' is missing, expected text", number)
-        elif not isinstance(row[name], str):
-            yield Problem("not text", f"field '{name}' is {type(row[name]).__name__}, expected text", number)
-        elif allowed is not None and row[name] not in allowed:
-            yield Problem("unknown value", f"field '{name}' is {row[name][:60]!r}, expected {' or '.join(allowed)}", number)
-        elif name == prompt_field and not row[name].strip():
-            yield Problem("empty prompt", f"field '{name}' is empty, expected a prompt", number)
-        elif (place := lone_surrogate(row[name])) is not None:
-            half = f"half of a surrogate pair (U+{ord(row[name][place]):04X}) at character {place + 1}"
-            yield Problem("lone surrogate", f"field '{name}' holds {half}, expected text", number)
-
-
-def lone_surrogate(text: str) -> int | None:
-    """Where `text` holds half of a surrogate pair, which JSON can spell and neither UTF-8 nor a tokenizer can take; None: nowhere."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
-
-
-def iterate_rows(path: str | Path, advance: Callable[[int], object] = lambda size: None) -> Iterator[tuple[int, object]]:
-    """The rows of a `.json` or `.jsonl` file (also `.gz`) with their numbers, one at a time, as they lie in the file.
-
-    Args:
-        path: the file.
-        advance: is told how many bytes of the file were read since it was last told.
-
-    Yields:
-        A row's number and the row, or a Problem in its place where it cannot be read. A broken line of a `.jsonl` file counts as a row;
-        broken JSON in a list ends the reading. What concerns the whole file has the number 0, or that of the last row read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        yield 0, Problem("unreadable", "no such file")
-        return
-    chunks, offset, number = _chunks(path, advance), 0, None
-    try:
-        first = next(chunks, "")
-        if first.startswith("\ufeff"):
-            yield 0, Problem("byte order mark", "the file begins with a byte order mark, which JSON does not allow", is_warning=True)
-            first, offset = first[1:], 3
-        chunks = itertools.chain([first] if first else [], chunks)
-        for number, row in _line_rows(chunks, offset) if ".jsonl" in path.suffixes else _list_rows(chunks, offset):
-            yield number, row
-        if number is None:
-            yield 0, Problem("no rows", "no rows, expected at least one")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield number or 0, Problem("unreadable", f"not a whole gzip file ({error})")
-
-
-def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[str]:
-    """A file's text, some at a time. A byte that is not UTF-8 becomes a lone surrogate, which UTF-8 text cannot hold."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as stream:
-        done = 0
-        while True:
-            chunk = stream.read(_CHUNK)
-            advance(raw.tell() - done)
-            done = raw.tell()
-            if text := decoder.decode(chunk, final=not chunk):
-                yield text
-            if not chunk:
-                return
-
-
-def _byte_count(text: str) -> int:
-    return len(text.encode("utf-8", "surrogateescape"))
-
-
-def _decoding_problem(text: str, offset: int, number: int) -> Problem | None:
-    """Where `text`, which begins at byte `offset`, was not UTF-8 in the file."""
-    place = lone_surrogate(text)
-    return None if place is None else Problem("not UTF-8", f"byte {offset + _byte_count(text[:place])} is not UTF-8 text", number)
-
-
-def _broken(what: str, where: str = "") -> Problem:
-    return Problem("broken JSON", f"{where}broken JSON ({what})")
-
-
-def _line_rows(chunks: Iterator[str], offset: int) -> Iterator[tuple[int, object]]:
-    rest, line, number = "", 0, 0
-    for chunk in itertools.chain(chunks, "\n"):
-        *whole, rest = (rest + chunk).split("\n")
-        for text in whole:
-            line += 1
-            if text.strip():
-                number += 1
-                try:
-                    yield number, _decoding_problem(text, offset, number) or json.loads(text)
-                except json.JSONDecodeError as error:
-                    yield number, _broken(f"{error.msg} at column {error.colno}", f"line {line}: ")
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                    yield number, _broken(str(error), f"line {line}: ")
-            offset += _byte_count(text) + 1
-        if len(rest) > _ROW_LIMIT:
-            yield number + 1, _broken(f"no end within {_ROW_LIMIT} characters", f"line {line + 1}: ")
-            return
-
-
-def _list_rows(chunks: Iterator[str], offset: int) -> Iterator[tuple[int, object]]:
-    window, number = _Window(chunks, offset), 0
-    try:
-        opening = window.peek()
-        if not opening:
-            yield 0, Problem("no rows", "empty file, expected a JSON list of rows")
-            return
-        if opening != "[":
-            found = "dict" if opening == "{" else type(window.value()).__name__
-            yield 0, Problem("not a list", f"expected a JSON list of rows, found {found}")
-            return
-        window.at += 1
-        if window.peek() != "]":
-            while True:
-                window.peek()
-                number += 1
-                row = window.value()
-                yield number, window.problem(number) or row
-                if window.peek() != ",":
-                    break
-                window.at += 1
-            if window.peek() != "]":
-                raise json.JSONDecodeError("Expecting ',' delimiter", window.text, window.at)
-        window.at += 1
-        if window.peek():
-            raise json.JSONDecodeError("Extra data", window.text, window.at)
-    except json.JSONDecodeError as error:
-        yield number, _broken(f"{error.msg} at {window.place(error.pos)}")
-    except (ValueError, RecursionError) as error:
-        yield number, _broken(f"{error} at {window.place(window.at)}")
-
-
-class _Window:
-    """The part of a text in chunks that is being read.
-
-    `at` is where reading stands in `text`; line and column (from 1) and `offset` (in bytes) are the places of `text`'s start in the file.
-    """
-
-    def __init__(self, chunks: Iterator[str], offset: int) -> None:
-        self.chunks, self.text, self.at, self.start = chunks, "", 0, 0
-        self.line, self.column, self.offset = 1, 1, offset
-
-    def fill(self) -> bool:
-        """Drop what has been read and take one more chunk; False, and nothing changes, at the end of the file."""
-        chunk = next(self.chunks, "")
-        if chunk:
-            self.line, self.column = self._line_and_column(self.at)
-            self.offset += _byte_count(self.text[: self.at])
-            self.text, self.at = self.text[self.at :] + chunk, 0
-        return bool(chunk)
-
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end of the file."""
-        self.at = _SPACE.match(self.text, self.at).end()
-        while self.at == len(self.text) and self.fill():
-            self.at = _SPACE.match(self.text, self.at).end()
-        return self.text[self.at : self.at + 1]
-
-    def value(self) -> object:
-        """The JSON value that begins here. Raises ValueError or RecursionError where it is broken or too long."""
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) - _MARGIN or not self.fill():
-                    self.start, self.at = self.at, end
-                    return value
-            except json.JSONDecodeError as error:
-                cut_short = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _MARGIN
-                if not cut_short or not self.fill():
-                    raise
-            if len(self.text) > _ROW_LIMIT + _CHUNK:
-                raise ValueError(f"no end within {_ROW_LIMIT} characters")
-
-    def problem(self, number: int) -> Problem | None:
-        """Where the value that was read last was not UTF-8."""
-        text = self.text[self.start : self.at]
-        if text.isascii() or _decoding_problem(text, 0, number) is None:
-            return None
-        return _decoding_problem(text, self.offset + _byte_count(self.text[: self.start]), number)
-
-    def place(self, position: int) -> str:
-        line, column = self._line_and_column(position)
-        return f"line {line}, column {column}"
-
-    def _line_and_column(self, position: int) -> tuple[int, int]:
-        lines = self.text.count("\n", 0, position)
-        return self.line + lines, position - self.text.rfind("\n", 0, position) if lines else self.column + position
 
 
 def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> list[dict]:
@@ -284,12 +87,6 @@ def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[st
     return [by_instruction[instruction] for instruction in instructions]
 
 
-def is_heldout(prompt: str, share: float) -> bool:
-    """Whether a prompt is held out. A hash of its text decides: it never depends on a seed or on the order of a file."""
-    first = hashlib.sha256(prompt.strip().encode()).digest()[:8]
-    return int.from_bytes(first, "big") < share * 2**64
-
-
 def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:
     """Return `values` as floats; raise InputError naming the first row (from 1) whose value is NaN or infinite.
 
@@ -304,3 +101,215 @@ def require_finite(values: Sequence[float], what: str, places: Sequence[int] | N
         if not math.isfinite(numbers[-1]):
             raise InputError(f"{what}: row {number} has the value {numbers[-1]}, expected a finite number")
     return numbers
+
+
+def is_heldout(prompt: str, share: float) -> bool:
+    """Whether a prompt is held out. A hash of its text decides: it never depends on a seed or on the order of a file."""
+    first = hashlib.sha256(prompt.strip().encode()).digest()[:8]
+    return int.from_bytes(first, "big") < share * 2**64
+
+
+def iterate_rows(
+    path: str | Path, advance: Callable[[int], object] = lambda size: None, chunk: int = CHUNK, row_limit: int = ROW_LIMIT
+) -> Iterator[tuple[int, object]]:
+    """The rows of a `.json` or `.jsonl` file (also `.gz`) with their numbers, one at a time, in file order.
+
+    Args:
+        path: the file.
+        advance: receives the number of bytes of the file that were read since its last call.
+        chunk: bytes read at a time.
+        row_limit: characters that a row may have; reading ends at one that is longer (in a list, at twice as many).
+
+    Yields:
+        A row's number and the row, or a Problem in its place if it cannot be read. A broken line of a `.jsonl` file counts as a row;
+        broken JSON in a list ends the reading. A problem of the whole file has the number 0, or that of the last row read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        yield 0, Problem("unreadable", "no such file")
+        return
+    read = _line_rows if ".jsonl" in path.suffixes else _list_rows
+    chunks, offset, number = _chunks(path, advance, chunk), 0, None
+    try:
+        first = next(chunks, "")
+        if first.startswith("\ufeff"):
+            yield 0, Problem("byte order mark", "the file begins with a byte order mark, which JSON does not allow", is_warning=True)
+            first, offset = first[1:], 3
+        chunks = itertools.chain([first] if first else [], chunks)
+        for number, row in read(chunks, offset, row_limit):
+            yield number, row
+        if number is None:
+            yield 0, Problem("no rows", "no rows, expected at least one")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield number or 0, Problem("unreadable", f"not a whole gzip file ({error})")
+
+
+def row_problems(row: object, fields: Mapping[str, Sequence[str] | None], number: int) -> Iterator[Problem]:
+    """All that a row lacks of `fields`, which are those of `read_rows`; its prompt (`instruction`, or else `input`) must not be empty."""
+    if not isinstance(row, dict):
+        yield Problem("not an object", f"expected an object, found {type(row).__name__}", number)
+        return
+    prompt_field = "instruction" if "instruction" in fields else "input"  # beside an instruction, an input is material, and may be empty
+    for name, allowed in fields.items():
+        if name not in row:
+            yield Problem("missing field", f"field '{name}' is missing, expected text", number)
+        elif not isinstance(row[name], str):
+            yield Problem("not text", f"field '{name}' is {type(row[name]).__name__}, expected text", number)
+        elif allowed is not None and row[name] not in allowed:
+            yield Problem("unknown value", f"field '{name}' is {row[name][:60]!r}, expected {' or '.join(allowed)}", number)
+        elif name == prompt_field and not row[name].strip():
+            yield Problem("empty prompt", f"field '{name}' is empty, expected a prompt", number)
+        elif (place := lone_surrogate(row[name])) is not None:
+            half = f"half of a surrogate pair (U+{ord(row[name][place]):04X}) at character {place + 1}"
+            yield Problem("lone surrogate", f"field '{name}' holds {half}, expected text", number)
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Where `text` holds half of a surrogate pair, which JSON can spell and neither UTF-8 nor a tokenizer can take; None: nowhere."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ how they are read
+
+
+def _chunks(path: Path, advance: Callable[[int], object], size: int) -> Iterator[str]:
+    """A file's text, some at a time. A byte that is not UTF-8 becomes a lone surrogate, which UTF-8 text cannot hold."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as stream:
+        done = 0
+        while True:
+            chunk = stream.read(size)
+            advance(raw.tell() - done)
+            done = raw.tell()
+            if text := decoder.decode(chunk, final=not chunk):
+                yield text
+            if not chunk:
+                return
+
+
+def _byte_count(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))
+
+
+def _decoding_problem(text: str, offset: int, number: int) -> Problem | None:
+    """Where `text`, which begins at byte `offset`, was not UTF-8 in the file."""
+    place = lone_surrogate(text)
+    return None if place is None else Problem("not UTF-8", f"byte {offset + _byte_count(text[:place])} is not UTF-8 text", number)
+
+
+def _broken(what: str, where: str = "") -> Problem:
+    return Problem("broken JSON", f"{where}broken JSON ({what})")
+
+
+def _line_rows(chunks: Iterator[str], offset: int, row_limit: int) -> Iterator[tuple[int, object]]:
+    rest, line, number = "", 0, 0
+    for chunk in itertools.chain(chunks, "\n"):
+        *whole, rest = (rest + chunk).split("\n")
+        for text in whole:
+            line += 1
+            if text.strip():
+                number += 1
+                try:
+                    yield number, _decoding_problem(text, offset, number) or json.loads(text)
+                except json.JSONDecodeError as error:
+                    yield number, _broken(f"{error.msg} at column {error.colno}", f"line {line}: ")
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                    yield number, _broken(str(error), f"line {line}: ")
+            offset += _byte_count(text) + 1
+        if len(rest) > row_limit:
+            yield number + 1, _broken(f"no end within {row_limit} characters", f"line {line + 1}: ")
+            return
+
+
+def _list_rows(chunks: Iterator[str], offset: int, row_limit: int) -> Iterator[tuple[int, object]]:
+    window, number = _Window(chunks, offset, row_limit), 0
+    try:
+        opening = window.peek()
+        if not opening:
+            yield 0, Problem("no rows", "empty file, expected a JSON list of rows")
+            return
+        if opening != "[":
+            found = "dict" if opening == "{" else type(window.value()).__name__
+            yield 0, Problem("not a list", f"expected a JSON list of rows, found {found}")
+            return
+        window.at += 1
+        if window.peek() != "]":
+            while True:
+                window.peek()
+                number += 1
+                row = window.value()
+                yield number, window.problem(number) or row
+                if window.peek() != ",":
+                    break
+                window.at += 1
+            if window.peek() != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", window.text, window.at)
+        window.at += 1
+        if window.peek():
+            raise json.JSONDecodeError("Extra data", window.text, window.at)
+    except json.JSONDecodeError as error:
+        yield number, _broken(f"{error.msg} at {window.place(error.pos)}")
+    except (ValueError, RecursionError) as error:
+        yield number, _broken(f"{error} at {window.place(window.at)}")
+
+
+class _Window:
+    """The part of a text in chunks that is being read.
+
+    `at` is where reading stands in `text`; line and column (from 1) and `offset` (in bytes) are the places of `text`'s start in the file.
+    """
+
+    def __init__(self, chunks: Iterator[str], offset: int, row_limit: int) -> None:
+        self.row_limit = row_limit
+        self.chunks, self.text, self.at, self.start = chunks, "", 0, 0
+        self.line, self.column, self.offset = 1, 1, offset
+
+    def fill(self) -> bool:
+        """Drop what has been read and take one more chunk; False, and nothing changes, at the end of the file."""
+        chunk = next(self.chunks, "")
+        if chunk:
+            self.line, self.column = self._line_and_column(self.at)
+            self.offset += _byte_count(self.text[: self.at])
+            self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end of the file."""
+        self.at = _SPACE.match(self.text, self.at).end()
+        while self.at == len(self.text) and self.fill():
+            self.at = _SPACE.match(self.text, self.at).end()
+        return self.text[self.at : self.at + 1]
+
+    def value(self) -> object:
+        """The JSON value that begins here. Raises ValueError or RecursionError where it is broken or too long."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) - _MARGIN or not self.fill():
+                    self.start, self.at = self.at, end
+                    return value
+            except json.JSONDecodeError as error:
+                cut_short = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _MARGIN
+                if not cut_short or not self.fill():
+                    raise
+            if len(self.text) > 2 * self.row_limit:
+                raise ValueError(f"no end within {self.row_limit} characters")
+
+    def problem(self, number: int) -> Problem | None:
+        """Where the value that was read last was not UTF-8."""
+        text = self.text[self.start : self.at]
+        if text.isascii() or _decoding_problem(text, 0, number) is None:
+            return None
+        return _decoding_problem(text, self.offset + _byte_count(self.text[: self.start]), number)
+
+    def place(self, position: int) -> str:
+        line, column = self._line_and_column(position)
+        return f"line {line}, column {column}"
+
+    def _line_and_column(self, position: int) -> tuple[int, int]:
+        lines = self.text.count("\n", 0, position)
+        return self.line + lines, position - self.text.rfind("\n", 0, position) if lines else self.column + position

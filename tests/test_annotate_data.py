@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotate_data import (
-    AnnotationSettings,
+from annotate_data import AnnotationSettings, main
+from conftest import REPOSITORY, run_script
+
+from parts.annotators import (
     Answers,
     Question,
     answer_locally,
@@ -30,12 +32,9 @@ from annotate_data import (
     compare_files,
     estimate,
     label_in,
-    main,
     questions_of,
-    read_prompts,
+    rows_and_instructions,
 )
-from conftest import REPOSITORY, run_script
-
 from parts.errors import InputError
 from parts.qtype_classifier import (
     PROBE,
@@ -271,7 +270,7 @@ def test_what_stops_an_api_run(api, tmp_path, monkeypatch, key, always, error, t
     api.always = always
     settings = api_settings(tmp_path, max_retries=1)
     with pytest.raises(error, match=text) as raised:
-        ask_all(settings, api_questions(settings, api, ["Write a."]), Answers(tmp_path / "partial.jsonl"))
+        ask_all(api_questions(settings, api, ["Write a."]), Answers(tmp_path / "partial.jsonl"), 8, settings.max_retries)
     assert key not in str(raised.value) and "\n" not in str(raised.value)
     assert sum(api.seen.values()) == (2 if error is ConnectionError else 1)
 
@@ -281,7 +280,7 @@ def test_an_address_where_nobody_listens(api, tmp_path):
     (question,) = api_questions(settings, api, ["Write a."])
     question.request["address"] = "http://127.0.0.1:9/v1"
     with pytest.raises(ConnectionError, match="http://127.0.0.1:9/v1: Connection error. after 0 retries"):
-        ask_all(settings, [question], Answers(tmp_path / "partial.jsonl"))
+        ask_all([question], Answers(tmp_path / "partial.jsonl"), 8, settings.max_retries)
 
 
 def api_settings(folder: Path, **more: object) -> AnnotationSettings:
@@ -290,7 +289,7 @@ def api_settings(folder: Path, **more: object) -> AnnotationSettings:
 
 def api_questions(settings: AnnotationSettings, api: Api, prompts: list[str]) -> list[Question]:
     places = {"qtype": list(range(len(prompts)))}
-    return questions_of(prompts, places, lambda kind, prompt: api_request(settings, api.url, kind, prompt))
+    return questions_of(prompts, places, lambda kind, prompt: api_request(settings.model, api.url, kind, prompt, settings.max_new_tokens))
 
 
 def test_answers_are_known_by_all_that_they_depend_on(api, tmp_path):
@@ -339,7 +338,7 @@ def test_addresses(monkeypatch):
 )
 def test_rows_that_cannot_be_annotated(tmp_path, row, text):
     with pytest.raises(InputError, match=text):
-        read_prompts(str(written(tmp_path / "in.json", [{"instruction": "fine"}, row])))
+        rows_and_instructions(str(written(tmp_path / "in.json", [{"instruction": "fine"}, row])))
 
 
 @pytest.mark.parametrize(
@@ -419,11 +418,9 @@ def test_a_local_model_labels_and_answers(tiny_model, tmp_path):
 
 
 def test_a_prompt_too_long_for_the_model(tiny_model, tmp_path):
-    settings = AnnotationSettings(annotator="local", model=str(tiny_model), output=str(tmp_path / "out.json"))
-    settings.data = ["in.json"]
     question = Question("output", {"prompt": "Peru"}, [4])
     with pytest.raises(InputError, match=r"in.json: row 5: prompt and response take up to 5\d\d tokens, .* takes 512"):
-        answer_locally(settings, [question], Answers(tmp_path / "partial.jsonl"))
+        answer_locally([question], Answers(tmp_path / "partial.jsonl"), "in.json", str(tiny_model), "tokenizer", 512, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------- classifier
@@ -517,7 +514,7 @@ def test_accuracy_on_real_prompts():
     from parts.qtype_classifier import embed
     from parts.relevance import RelevanceModel
 
-    rows, texts = read_prompts(f"{os.environ['RER_REAL_DATA']}/data/alpacafarm_val.json")
+    rows, texts = rows_and_instructions(f"{os.environ['RER_REAL_DATA']}/data/alpacafarm_val.json")
     constrained = np.array([row["qtype"] == "CONSTRAINED" for row in rows])[:600]
     encoder = RelevanceModel(str(REPOSITORY / ENCODER), "cpu")
     assert encoder.embed([PROBE]).shape == (1, 384)

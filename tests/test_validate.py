@@ -12,7 +12,6 @@ import pytest
 from conftest import REPOSITORY, ROWS, run_script
 
 from evaluation import training_files
-from parts import rows as reading
 from parts.chat_templates import load_template
 from parts.data_checks import PromptIndex, Tokens, check_rows, examine, index_prompts, quantiles, too_long
 from parts.errors import InputError
@@ -29,8 +28,8 @@ def write(path, rows):
     return path
 
 
-def problems(path):
-    return [str(row) for _, row in iterate_rows(path) if isinstance(row, Problem)]
+def problems(path, **options):
+    return [str(row) for _, row in iterate_rows(path, **options) if isinstance(row, Problem)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -38,10 +37,9 @@ def problems(path):
 
 @pytest.mark.parametrize("chunk", [1, 5, 64, 2**20])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.jsonl.gz"])
-def test_rows_come_as_they_were_written_whatever_the_chunks(tmp_path, monkeypatch, name, chunk):
-    monkeypatch.setattr(reading, "_CHUNK", chunk)
+def test_rows_come_as_they_were_written_whatever_the_chunks(tmp_path, name, chunk):
     rows = [{"input": 'é "quoted" \\ \n\u2028 😀 ][}{,'}, {}, [], [1e-07, -2.5e10, True, None], "text", 12345678901234, 1e-5]
-    assert list(iterate_rows(write(tmp_path / name, rows))) == list(enumerate(rows, start=1))
+    assert list(iterate_rows(write(tmp_path / name, rows), chunk=chunk)) == list(enumerate(rows, start=1))
 
 
 def test_a_list_may_hold_any_white_space(tmp_path):
@@ -76,12 +74,11 @@ def test_a_list_may_hold_any_white_space(tmp_path):
         ("a.json.gz", b"no gzip", 0, ["not a whole gzip file (Not a gzipped file (b'no'))"]),
     ],
 )  # fmt: skip
-def test_files_that_cannot_be_read_whole(tmp_path, monkeypatch, name, content, rows, found, chunk):
-    monkeypatch.setattr(reading, "_CHUNK", chunk)
+def test_files_that_cannot_be_read_whole(tmp_path, name, content, rows, found, chunk):
     path = tmp_path / name
     path.write_bytes(content)
-    assert problems(path) == found
-    assert sum(not isinstance(row, Problem) for _, row in iterate_rows(path)) == rows
+    assert problems(path, chunk=chunk) == found
+    assert sum(not isinstance(row, Problem) for _, row in iterate_rows(path, chunk=chunk)) == rows
 
 
 def test_a_gzip_file_cut_short_and_a_spoilt_one(tmp_path):
@@ -94,16 +91,13 @@ def test_a_gzip_file_cut_short_and_a_spoilt_one(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "place"), [("a.json", ""), ("a.jsonl", "line 1: ")])
-def test_a_row_without_end_and_one_nested_too_deeply(tmp_path, monkeypatch, name, place):
-    monkeypatch.setattr(reading, "_CHUNK", 100)
-    monkeypatch.setattr(reading, "_ROW_LIMIT", 1000)
+def test_a_row_without_end_and_one_nested_too_deeply(tmp_path, name, place):
     opening = "" if ".jsonl" in name else "["
     (tmp_path / name).write_text(opening + '"' + "a" * 5000 + '"' + "]" * len(opening), encoding="utf-8")
     at = "" if place else " at line 1, column 2"
-    assert problems(tmp_path / name) == [f"{place}broken JSON (no end within 1000 characters{at})"]
-    monkeypatch.setattr(reading, "_ROW_LIMIT", 10**6)
+    assert problems(tmp_path / name, chunk=100, row_limit=1000) == [f"{place}broken JSON (no end within 1000 characters{at})"]
     (tmp_path / name).write_text(opening + "[" * 90000 + "]" * 90000 + "]" * len(opening), encoding="utf-8")
-    (found,) = problems(tmp_path / name)
+    (found,) = problems(tmp_path / name, chunk=100, row_limit=10**6)
     assert "recursion" in found
 
 
