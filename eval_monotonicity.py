@@ -54,7 +54,10 @@ class MonotonicitySettings(Settings):
     )
     gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold", path=True)
     rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard", path=True)
-    all_designs: bool = setting(False, "with --rollouts: all sixteen on/off settings of the proxy in place of the one that the flags say")
+    all_designs: bool = setting(
+        False,
+        "with --rollouts: every on/off setting of the paper's four switches, and of others that flags turn on, in place of one design",
+    )
     chat_template_name: str = setting("", "template whose stop strings end a response; empty means the run's own, or alpaca")
     output_max_length: int = setting(0, "longest response in tokens, as the rescaling F uses it; 0 means the run's own, or 512", least=0)
     device: str = setting("", "device of the relevance encoder and the gold models; empty means the GPUs where there are any")
@@ -342,7 +345,9 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
 
     # 3. The answer.
     if settings.all_designs:
-        totals = {design: design_totals(reward, switches, list(tables.values())) for design, switches in all_designs().items()}
+        totals = {
+            design: design_totals(reward, switches, list(tables.values())) for design, switches in all_designs(proxy.switched_on).items()
+        }
     else:
         totals = {"as set": np.array([table["total"] for table in tables.values()])}
     found = rank_designs(totals, list(systems), board, ranked)

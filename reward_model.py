@@ -166,6 +166,12 @@ class ProxySettings(switches_of(FEATURES)):
         return list(dict.fromkeys(column for feature in self.used for column in feature.columns))
 
     @property
+    def switched_on(self) -> dict[str, str]:
+        """The switches that are on, by symbol."""
+        found = {feature.symbol or feature.column: feature.switch for feature in self.on}
+        return {**found, "branching": "reward_branching"} if self.reward_branching else found
+
+    @property
     def design(self) -> str:
         """The settings that are on, in words."""
         names = [*by_switch(FEATURES), "reward_branching", "length_target"]

@@ -1,4 +1,4 @@
-"""Proxy designs on outputs that exist already: which of the sixteen on/off settings ranks systems as a leaderboard does?"""
+"""Proxy designs on outputs that exist already: which of the on/off settings ranks systems as a leaderboard does?"""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ import numpy as np
 from parts.errors import InputError
 from parts.rank_statistics import bootstrap_interval, kendall, permutation_pvalue, spearman, table_text
 from parts.rows import read_rows
-
-SWITCHES = {
-    "LI": "length_incentive",
-    "RP": "repetition_penalty",
-    "relevance": "relevance_scaling",
-    "branching": "reward_branching",
-}
 
 
 def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -68,13 +61,17 @@ def shared_instructions(systems: Mapping[str, Mapping[str, str]]) -> list[str]:
     return instructions
 
 
-def all_designs() -> dict[str, dict[str, bool]]:
-    """The sixteen on/off settings of the four switches, by name: "LI * RP * relevance, branching" and so on."""
+def all_designs(switches: Mapping[str, str]) -> dict[str, dict[str, bool]]:
+    """Every on/off setting of switches, by name: "LI * RP * relevance, branching" and so on; sixteen of the paper's four.
+
+    Args:
+        switches: symbol to switch, as `ProxySettings.switched_on` gives them.
+    """
     designs = {}
-    for values in itertools.product((True, False), repeat=len(SWITCHES)):
-        on = [name for name, value in zip(SWITCHES, values) if value]
-        parts = " * ".join(name for name in on if name != "branching") or "1"
-        designs[parts + (", branching" if "branching" in on else "")] = dict(zip(SWITCHES.values(), values))
+    for values in itertools.product((True, False), repeat=len(switches)):
+        on = [symbol for symbol, value in zip(switches, values) if value]
+        parts = " * ".join(symbol for symbol in on if symbol != "branching") or "1"
+        designs[parts + (", branching" if "branching" in on else "")] = dict(zip(switches.values(), values))
     return designs
 
 

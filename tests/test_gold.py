@@ -32,9 +32,9 @@ from parts.preferences import (
     encode_rankings,
     heldout_sample,
     implied,
-    is_heldout,
     select_pairs,
 )
+from parts.rows import is_heldout
 
 BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}
 

@@ -134,6 +134,10 @@ def test_a_feature_is_a_function_and_a_line(copy_with_feature, tmp_path, tiny_mo
     table = run_script(copy / "reward_model.py", *words)
     assert table.returncode == 0, table.stderr
     assert table.stdout.split()[:5] == ["file", "rows", "length", "repetition", "damped_length"]
+    names = ["-c", "from reward_model import RewardSettings as R; from parts.designs import all_designs; "
+                   "print(*all_designs(R(damped_length=True, repetition_penalty=True).switched_on), sep='; ')"]  # fmt: skip
+    designs = subprocess.run([sys.executable, *names], cwd=copy, capture_output=True, text=True, check=True).stdout
+    assert designs.split("; ")[:2] == ["LI * RP * damped_length", "LI * RP"]
     same = run_script("reward_model.py", eval_file, "--damped_length=true")
     assert same.returncode == 2 and "--damped_length" in same.stderr  # without the line there is no such flag
 
