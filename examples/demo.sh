@@ -1,13 +1,34 @@
 #!/usr/bin/env bash
-# The whole method on the embedded models: PPO, rollouts of every checkpoint, gold scores, SpearmanR.
-# Run by `make demo`; needs nothing but what `make setup` installs and unpacks.
+# One question on the embedded models: does gold follow a proxy that rewards length alone, and does it follow the full design?
+# Run by `make demo`; needs nothing but what `make setup` installs and unpacks. SEED=7 bash examples/demo.sh is another run.
 set -euo pipefail
-model=models/SmolLM2-135M-Instruct
+seed=${SEED:-42}
 output=outputs/demo
+backbone=outputs/demo_backbone
+half=false dtype=float32
+if grep -qs avx512_bf16 /proc/cpuinfo; then half=true dtype=bfloat16; fi  # twice as fast where the CPU has it, slower elsewhere
 
-accelerate launch --config_file configs/cpu.yaml run_ppo.py --config configs/demo.yaml --overwrite=true
+# A backbone that answers in a sentence or two, so that length has room to grow.
+python train_sft.py --config configs/demo_sft.yaml --output_dir="$backbone" --bf16=$half --overwrite=true
 
-python evaluation.py --base_model_name="$model" --peft_model_name "${output}_step_*" --data_path=data/eval.json \
-  --max_new_tokens=48 --batch_size=64 --evaluations alpaca --overwrite=true
+# PPO from it, twice: the same prompts, seed and settings, another reward. Each run has half of the cores.
+export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
+train() {
+  accelerate launch --config_file configs/cpu.yaml run_ppo.py --config configs/demo.yaml --overwrite=true --seed="$seed" --bf16=$half \
+    --exp_name="$1" --output_dir="$output/$1" "${@:2}"
+}
+mkdir -p "$output"
+train length --repetition_penalty=false --relevance_scaling=false --reward_branching=false > "$output/length.log" 2>&1 &
+length=$!
+echo "length alone trains beside the full design; its console is $output/length.log"
+train full
+wait "$length" || { tail -n 20 "$output/length.log"; exit 1; }
+unset OMP_NUM_THREADS
 
-python eval_monotonicity.py --output_dir=outputs --model_prefix=demo --include_start=true --gold_model=assets/demo_gold_rm --batch_size=32
+# Responses of every checkpoint to prompts that no setting was chosen on, with the same draws for all of them.
+python evaluation.py --base_model_name="$backbone" --peft_model_name "$output/length_step_*" "$output/full_step_*" \
+  --data_path=data/eval.json --max_new_tokens=96 --batch_size=64 --evaluations alpaca --common_draws=true --dtype=$dtype --overwrite=true
+
+# What each reward did to gold.
+python eval_monotonicity.py --output_dir="$output" --model_prefix length full --include_start=true \
+  --gold_model=assets/demo_gold_rm --gold_dtype=$dtype --batch_size=32
