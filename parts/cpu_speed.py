@@ -2,6 +2,7 @@
 
     model = use_onednn(AutoModelForCausalLM.from_pretrained(...))       # linear layers
     with one_token_at_a_time(model, rows): ...                          # sampling: a pass is over one new token of each row
+    with short_sequences(model): ...                                    # training
     most_rows(64, model.device), most_tokens(16384, model.device)       # batches that suit a CPU
 
 `ENABLED = False` switches all of it off. On a GPU all of it does nothing.
@@ -109,7 +110,33 @@ def use_onednn(model: Model) -> Model:
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------------------------------- attention
+
+
+def configs_of(model: nn.Module, attention: str) -> list:
+    """The configurations inside a model that say `attention`."""
+    from transformers import PreTrainedModel
+
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return [config for config in configs.values() if config._attn_implementation == attention]
+
+
+@contextmanager
+def short_sequences(model: nn.Module) -> Iterator[None]:
+    """While the block runs, attention is plain products in half precision on a CPU.
+
+    There the backward pass of PyTorch's fused attention takes a fifth of a PPO step of short sequences.
+    """
+    weight = next(model.parameters())
+    plain = ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    configs = configs_of(model, "sdpa") if plain else []
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = "sdpa"
 
 
 @contextmanager
@@ -119,12 +146,8 @@ def one_token_at_a_time(model: PreTrainedModel, rows: int) -> Iterator[None]:
     Weights are copied into oneDNN's own layout where oneDNN computes: they may change before the block, not inside it. Attention is
     `_grouped_attention` where transformers' SDPA is.
     """
-    from transformers import PreTrainedModel
-
     layers = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and _by_onednn(layer.weight)]
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    on_cpu = ENABLED and next(model.parameters()).device.type == "cpu"
-    regrouped = [config for config in configs.values() if on_cpu and config._attn_implementation == "sdpa"]
+    regrouped = configs_of(model, "sdpa") if ENABLED and next(model.parameters()).device.type == "cpu" else []
     if regrouped:
         _register_grouped_attention()
     try:

@@ -36,7 +36,7 @@ from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
 
 from parts.batching import batches_by_length
-from parts.cpu_speed import linear
+from parts.cpu_speed import linear, short_sequences
 from parts.errors import InputError
 from parts.generation import Decoding, ready_to_sample, sample
 
@@ -298,7 +298,7 @@ class FastPPOTrainer(PPOTrainer):
             order = np.random.permutation(config.batch_size)
             for start in range(0, config.batch_size, config.mini_batch_size):
                 rows = order[start : start + config.mini_batch_size]
-                with self.accelerator.accumulate(self.model):
+                with self.accelerator.accumulate(self.model), short_sequences(self.accelerator.unwrap_model(self.model)):
                     all_stats.append(self._train_rows(rows, sequences, {name: table[rows] for name, table in old.items()}))
             if config.early_stopping and self._early_stop(all_stats[-1]["policy/policykl"]):
                 break
