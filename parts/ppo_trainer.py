@@ -298,7 +298,7 @@ class FastPPOTrainer(PPOTrainer):
             order = np.random.permutation(config.batch_size)
             for start in range(0, config.batch_size, config.mini_batch_size):
                 rows = order[start : start + config.mini_batch_size]
-                with self.accelerator.accumulate(self.model), short_sequences(self.accelerator.unwrap_model(self.model)):
+                with self.accelerator.accumulate(self.model):
                     all_stats.append(self._train_rows(rows, sequences, {name: table[rows] for name, table in old.items()}))
             if config.early_stopping and self._early_stop(all_stats[-1]["policy/policykl"]):
                 break
@@ -347,7 +347,8 @@ class FastPPOTrainer(PPOTrainer):
         """Log-probabilities and values of every response token, [batch, longest response], without gradients."""
         tables = None
         for rows in batches_by_length(list(map(len, sequences.tokens)), most_tokens=TOKENS_PER_PASS):
-            logprobs, _, values = model(**sequences.inputs(rows))
+            with short_sequences(self.accelerator.unwrap_model(model)):
+                logprobs, _, values = model(**sequences.inputs(rows))
             found = sequences.padded(rows, logprobs), sequences.padded(rows, values)
             tables = tables or tuple(table.new_zeros(len(sequences.tokens), table.shape[1]) for table in found)
             for table, part in zip(tables, found):
@@ -356,10 +357,11 @@ class FastPPOTrainer(PPOTrainer):
 
     def _train_rows(self, rows: np.ndarray, sequences: _Sequences, old: dict[str, torch.Tensor]) -> dict[str, object]:
         """Forward and backward pass over one mini batch; the optimiser moves where accumulation is complete."""
-        logprobs, entropies, values = (sequences.padded(rows, found) for found in self.model(**sequences.inputs(rows)))
-        loss, stats = self._loss(old, logprobs, entropies, values)
-        _require_finite("the loss", loss)
-        self.accelerator.backward(loss)
+        with short_sequences(self.accelerator.unwrap_model(self.model)):  # the backward pass too: checkpointed layers run again there
+            logprobs, entropies, values = (sequences.padded(rows, found) for found in self.model(**sequences.inputs(rows)))
+            loss, stats = self._loss(old, logprobs, entropies, values)
+            _require_finite("the loss", loss)
+            self.accelerator.backward(loss)
         if self.config.max_grad_norm is not None and self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.model_params, self.config.max_grad_norm)
         self.optimizer.step()

@@ -72,3 +72,17 @@ def test_limits_are_for_cpus(monkeypatch):
     assert (cpu_speed.most_tokens(16384, cpu), cpu_speed.most_tokens(99, cpu), cpu_speed.most_tokens(16384, gpu)) == (1024, 99, 16384)
     monkeypatch.setattr(cpu_speed, "ENABLED", False)
     assert (cpu_speed.most_rows(64, cpu), cpu_speed.most_tokens(16384, cpu)) == (64, 16384)
+
+
+def test_attention_of_short_sequences_is_the_same(tiny_model):
+    """Plain products in bf16 within bf16's rounding of fp32, and the model's own attention again afterwards."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    with cpu_speed.short_sequences(model):
+        assert model.config._attn_implementation == "eager"
+        plain = model(ids).logits
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(plain.float(), exact, rtol=0.05, atol=0.01)
