@@ -447,6 +447,11 @@ def test_the_page_of_designs(tmp_path):
     assert texts(first, "//.parts/div[last()]") == ["tokens5", "tokens5"]
     hostile = find(page, "//article[@data-row='4']")[0]
     assert [part.text_content() for part in find(hostile, "//.response//.words")] == [HOSTILE] * 2
+    page = look(path, "sort=apart&order=asc")
+    assert texts(page, "//#prompts//h3")[:2] == ["Prompt 1", "Prompt 2"]  # at step 10 gold is 2 * (3 + row / 10) higher
+    assert texts(page, "//article[@data-row='1']/header/span") == ["OPENENDED", "gold of full <i>run less that of li +6.00"]
+    assert "by gold of full <i>run less that of li at step 10, lowest first" in texts(page, "//#status")[0]
+    assert len(find(page, "//#panels//.other")) == 1  # the other run's gold: its proxy has another scale
     page = look(path, "show=15&q=step+15")
     assert texts(page, "//article[@data-row='1']//.response")[1].endswith("No rollouts of step 15.")
     assert texts(page, "//#status")[0].startswith("21 prompts of 22")  # all but the hostile one
