@@ -277,7 +277,7 @@ def _ends(run: ScoredRun) -> dict:
             for name, scores in run.gold.items()
         },
         "tokens": [float(run.tokens[end].mean()) for end in (0, -1)],
-        "repetition": None if repetition is None else [float(repetition[end].mean()) for end in (0, -1)],
+        "repetition": None if repetition is None or np.isnan(repetition).any() else [float(repetition[end].mean()) for end in (0, -1)],
         "kl": [run.kl[0], run.kl[-1]],
     }
 

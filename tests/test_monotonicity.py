@@ -18,6 +18,7 @@ from eval_monotonicity import (
     scored_run,
     short_names,
     warn_of_changed_code,
+    warn_of_other_draws,
 )
 from parts.chat_templates import load_template
 from parts.designs import all_designs
@@ -322,6 +323,17 @@ def test_a_run_knows_its_design(tmp_path, capsys):
     )
     assert near.design == far.design == "LI * relevance" and name_designs([near, near]) == ["LI * relevance"] * 2
     assert name_designs([near, far])[1] == "length_incentive=True, relevance_scaling=True, relevance by `owner/two`"
+
+
+def test_rollouts_of_designs_that_were_drawn_otherwise_are_named(tmp_path, capsys):
+    for name, temperature in (("one", 0.7), ("two", 0.7), ("three", 1.0)):
+        settings = make_run(tmp_path, [1, 2, 4], name=name)
+        for step in (1, 2, 4):
+            meta = tmp_path / f"{name}_step_{step}" / f"alpaca-eval-{name}_step_{step}.meta.json"
+            meta.write_text(json.dumps({"decoding": {"temperature": temperature}}), encoding="utf-8")
+    typed = {"relevance_scaling": False, "reward_branching": False}
+    warn_of_other_draws([read_run(settings, typed, name) for name in ("one", "two", "three")])
+    assert capsys.readouterr().out == "warning: the rollouts of three were made with another decoding than those of one\n"
 
 
 def test_two_designs_from_the_command_line(tmp_path, tiny_gold):
