@@ -15,8 +15,9 @@ import pytest
 from lxml import html
 from PIL import Image
 
+from parts.comparison import comparison_table, sentences
 from parts.rank_statistics import ScoredRun, compare
-from parts.report import comparison_table, draw, draw_comparison, embedded_json, print_comparison, sentences, write_report
+from parts.report import draw, draw_comparison, embedded_json, print_comparison, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
