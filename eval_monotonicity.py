@@ -3,6 +3,7 @@
     python eval_monotonicity.py --output_dir=outputs --model_prefix=full                # every checkpoint with rollouts but the start
     python eval_monotonicity.py --output_dir=outputs --model_prefix seed1 seed2 seed3 --gold_model owner/reward-model other/reward-model
     python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, and one or more golds
+    python eval_monotonicity.py --output_dir=outputs --model_prefix li full     # runs of different designs: what did each do to gold?
 
 Reads <output_dir>/<model_prefix>_step_<k>/alpaca-eval-*.json, which `evaluation.py` writes. The proxy's settings are those of the
 run's own record, unless a flag says otherwise. Writes monotonicity.json, monotonicity.png and report.html to
@@ -31,19 +32,21 @@ from parts.errors import InputError, run_main
 from parts.files import digest, write_json
 from parts.gold_models import DEFAULT_GOLD, GoldSettings
 from parts.models import check_device
-from parts.rank_statistics import ScoredRun, correlations, together
-from parts.report import print_run, print_together, write_run, write_together
+from parts.rank_statistics import ScoredRun, compare, correlations, together
+from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import reward_batch
 from parts.rows import match_rows
 from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable
 from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
-from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
+from reward_model import FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
 
 @dataclass
 class MonotonicitySettings(Settings):
     output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", path=True)
-    model_prefix: list[str] = setting([], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds)")
+    model_prefix: list[str] = setting(
+        [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
+    )
     steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
     include_start: bool = setting(False, "count step 0 among the default checkpoints")
     data_path: str = setting(
@@ -93,6 +96,49 @@ class Run:
     @property
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self.checkpoints]
+
+    @property
+    def design(self) -> str:
+        """The reward that the run was trained on, in symbols; for a run against a reward model also the proxy that judges it."""
+        if learned := self.trained.get("reward_model_name"):
+            return f"reward model {Path(learned).name} (proxy: {design_name(self.proxy)})"
+        return design_name(self.proxy)
+
+    @property
+    def design_in_words(self) -> str:
+        """All that makes one design differ from another."""
+        learned = self.trained.get("reward_model_name")
+        return _reward_in_words(self.proxy) + (f", trained against {learned}" if learned else "")
+
+    @property
+    def own(self) -> bool:
+        """Whether the record says that the run was trained on this proxy."""
+        if not self.trained or self.trained.get("reward_model_name"):
+            return False
+        return _reward_in_words(proxy_of_run(self.trained)) == _reward_in_words(self.proxy)
+
+
+def design_name(settings: ProxySettings) -> str:
+    """A design in symbols, as `parts.designs.all_designs` writes them: "LI * RP * relevance, branching".
+
+    `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
+    """
+    if named := getattr(settings, "reward_function", "") or getattr(settings, "reward_model_name", ""):
+        return named
+    symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
+    target = f" (target {settings.length_target})" if settings.length_target else ""
+    parts = " * ".join(symbol + target if symbol == "LI" else symbol for symbol in symbols)
+    return (parts or "1") + (", branching" if settings.reward_branching else "")
+
+
+def _reward_in_words(settings: RewardSettings) -> str:
+    return settings.reward_function or settings.reward_model_name or settings.design
+
+
+def name_designs(runs: Sequence[Run]) -> list[str]:
+    """The design of each run: in symbols, or in words where two designs would share their symbols (other encoders, for example)."""
+    symbols, in_words = [run.design for run in runs], [run.design_in_words for run in runs]
+    return symbols if len(set(symbols)) == len(set(in_words)) else in_words
 
 
 def choose_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkpoint]:
@@ -149,6 +195,15 @@ def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
     for name, own in proxy.reward_source().items():
         if recorded.get(name, own) != own:
             print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
+
+
+def warn_of_other_draws(runs: Sequence[Run]) -> None:
+    """One line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
+    first = runs[0]
+    for run in runs[1:]:
+        metas = run.checkpoints[0].meta, first.checkpoints[0].meta
+        if names := [name for name in ("decoding", "template", "engine", "dtype") if metas[0].get(name) != metas[1].get(name)]:
+            print(f"warning: the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
 
 
 def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
@@ -245,6 +300,8 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         gold=gold,
         kl=read_kl(run.trained, steps),
         found={name: correlations(steps, proxy, scores, qtypes) for name, scores in gold.items()},
+        design=run.design,
+        own=run.own,
     )
 
 
@@ -252,13 +309,16 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
 
 
 def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, typed: Mapping) -> None:
-    """SpearmanR of one run or several, by their checkpoints' rollouts."""
+    """SpearmanR of one run or several, by their checkpoints' rollouts; runs of different designs are compared."""
     # 1. Everything a user can get wrong, before any model loads.
     for number, prefix in enumerate(settings.model_prefix):
         if prefix in settings.model_prefix[:number]:
             raise InputError(f"--model_prefix: {prefix} comes twice")
     runs = [read_run(settings, typed, prefix) for prefix in settings.model_prefix]
     tabled = {run.name: read_gold_scores(settings.gold_scores, run.steps) if settings.gold_scores else {} for run in runs}
+    designs = name_designs(runs)
+    if len(set(designs)) > 1:
+        warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
@@ -269,10 +329,10 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for path, name in golds.items():
         models[name], dtypes[path] = score_gold(settings, gold_settings, path, runs)
     scored = []
-    for run in runs:
+    for run, design in zip(runs, designs):
         gold = {name: scores[run.name] for name, scores in models.items()}
         gold |= {name: np.array([[means[step]] for step in run.steps]) for name, means in tabled[run.name].items()}
-        scored.append(scored_run(run, tables[run.name], gold))
+        scored.append(replace(scored_run(run, tables[run.name], gold), design=design))
 
     # 3. The answer.
     output = Path(settings.output_dir)
@@ -292,10 +352,23 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for found, record in zip(scored, records):
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
-    if len(scored) > 1:
+    folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
+    if len(set(designs)) > 1:
+        seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
+        agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}
+        for design, both in agreed.items():
+            print_together(both, len(seeds[design]), design)
+        compared = compare(scored)
+        print_comparison(compared)
+        by_run = {
+            name: {run.name: record[name] for run, record in zip(runs, records)}
+            for name in ("template", "decoding", "seed", "policy", "proxy")
+        }
+        write_comparison(folder, scored, compared, agreed, {**records[0], **by_run})
+    elif len(scored) > 1:
         both = together(scored)
         print_together(both, len(scored))
-        write_together(output / f"{'+'.join(settings.model_prefix)}_monotonicity", scored, both, records[0])
+        write_together(folder, scored, both, records[0])
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -28,9 +28,10 @@ floor 3, what the stages are made of
     scores            scores kept by row
     baseline          rollouts beside another model's outputs
     designs           proxy designs against a leaderboard
-    report            the lines, the figure and the page of a scored run
+    comparison        runs of several designs in words
     bundled_models    models from packages, for machines without a hub
 floor 4, made of these
+    report            the lines, the figures and the pages of scored runs
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster

@@ -5,6 +5,7 @@ Scores come as arrays [checkpoints, rows]: every checkpoint answers the same pro
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class ScoredRun:
         gold: gold's name to [checkpoints, rows], or [checkpoints, 1] where only means are known.
         kl: [checkpoints] mean KL from the start in nats per response; None where no log has it.
         found: gold's name to what `correlations` found.
+        design: the reward in symbols, "LI * RP" for example: runs of one design are seeds of it.
+        own: whether the run is known to have been trained on this proxy.
     """
 
     name: str
@@ -47,6 +50,8 @@ class ScoredRun:
     gold: dict[str, np.ndarray]
     kl: list[float | None]
     found: dict[str, dict] = field(default_factory=dict)
+    design: str = ""
+    own: bool = False
 
 
 def spearman(proxy: np.ndarray, gold: np.ndarray) -> float | None:
@@ -214,8 +219,77 @@ def curve(run: ScoredRun) -> list[dict]:
 
 def gains(run: ScoredRun) -> dict[str, dict[str, float]]:
     """What the proxy and each gold known by row gain from the first checkpoint to the last, by `paired_difference`; none for a lone row."""
+    return {name: paired_difference(scores[0], scores[-1]) for name, scores in _by_row(run).items()}
+
+
+def _by_row(run: ScoredRun) -> dict[str, np.ndarray]:
+    """The proxy and each gold known by row, [checkpoints, rows] each; none of a lone row, which has no standard error."""
     tables = {"proxy": run.proxy, **{name: scores for name, scores in run.gold.items() if scores.shape == run.proxy.shape}}
-    return {name: paired_difference(scores[0], scores[-1]) for name, scores in tables.items() if scores.shape[1] > 1}
+    return {name: scores for name, scores in tables.items() if scores.shape[1] > 1}
+
+
+def compare(runs: Sequence[ScoredRun]) -> dict[str, list]:
+    """Runs of several designs side by side, and by how much their golds moved apart.
+
+    Returns:
+        "runs": one entry a run. "proxy" and each of "golds" hold what is gained from the first checkpoint to the last ("difference") and
+            its "standard_error" over prompts (None where means alone are known, or a lone prompt); a gold also "spearman", its
+            "interval", and "peak", the step of its highest mean. "tokens", "repetition" and "kl" are pairs of means at the first and the
+            last checkpoint (None where not known), as "steps" are; "rows" is the number of prompts.
+        "pairs": one entry for each two runs that answered the same prompts: "runs", their names, and by gold known by prompt the
+            `paired_difference` of their gains, the second run's less the first's.
+        "unpaired": the names of each two runs that answered other prompts.
+    """
+    found: dict[str, list] = {"runs": [_ends(run) for run in runs], "pairs": [], "unpaired": []}
+    for first, second in itertools.combinations(runs, 2):
+        names = [first.name, second.name]
+        if first.instructions != second.instructions:
+            found["unpaired"].append(names)
+            continue
+        gained = [{name: scores[-1] - scores[0] for name, scores in _by_row(run).items() if name in run.gold} for run in (first, second)]
+        golds = {name: paired_difference(gained[0][name], gained[1][name]) for name in gained[0] if name in gained[1]}
+        found["pairs"].append({"runs": names, "golds": golds})
+    return found
+
+
+def _ends(run: ScoredRun) -> dict:
+    """A run's entry in `compare`."""
+    by_row = gains(run)
+    repetition = run.components.get("repetition")
+
+    def gain(name: str, scores: np.ndarray) -> dict[str, float | None]:
+        return by_row.get(name) or {"difference": float(scores[-1].mean() - scores[0].mean()), "standard_error": None}
+
+    return {
+        "name": run.name,
+        "design": run.design,
+        "own": run.own,
+        "steps": [run.steps[0], run.steps[-1]],
+        "rows": len(run.instructions),
+        "proxy": gain("proxy", run.proxy),
+        "golds": {
+            name: {
+                **gain(name, scores),
+                "spearman": run.found[name]["spearman"],
+                "interval": run.found[name].get("interval"),
+                "peak": run.steps[int(np.argmax(scores.mean(axis=1)))],
+            }
+            for name, scores in run.gold.items()
+        },
+        "tokens": [float(run.tokens[end].mean()) for end in (0, -1)],
+        "repetition": None if repetition is None or np.isnan(repetition).any() else [float(repetition[end].mean()) for end in (0, -1)],
+        "kl": [run.kl[0], run.kl[-1]],
+    }
+
+
+def standard_gains(scores: np.ndarray) -> np.ndarray | None:
+    """What each row gained since the first checkpoint, in standard deviations of the first checkpoint's scores.
+
+    Rewards of different scales can share an axis so. Returns [checkpoints, rows]; None where the first checkpoint's scores are all the
+    same, or a lone one.
+    """
+    spread = scores[0].std(ddof=1) if scores.shape[1] > 1 else 0.0
+    return (scores - scores[0]) / spread if spread > 1e-12 * max(1.0, np.abs(scores[0]).max()) else None
 
 
 def table_text(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> str:

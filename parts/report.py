@@ -11,19 +11,23 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from parts.comparison import comparison_table, last_parts, sentences
 from parts.files import REPOSITORY, atomic_path, write_json
-from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve, curve_band, gains, spearman, table_text
+from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve, curve_band, gains, spearman, standard_gains, table_text
 
 PROXY_STYLE = ("o-", "#0b6fb8")
 GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))
+DESIGN_COLORS = ("#6a3fb5", "#0a7f83", "#b0305c", "#7a6a00", "#3c5a80", "#8a4b1a")
+SEED_LINES = ("o-", "s--", "^-.")
 COLUMN_WIDTH = 3.4  # inches: a column of a two-column paper
+FIGURE_STYLE = {"font.size": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
 
 
 # ------------------------------------------------------------------------------------------------------------ the console
@@ -46,15 +50,22 @@ def print_run(run: ScoredRun) -> None:
         print(f"the golds among themselves: SpearmanR {_shown(spearman(*curves[:2]))} between {names[0]} and {names[1]}")
 
 
-def print_together(both: dict[str, dict], count: int) -> None:
-    """What `rank_statistics.together` says of `count` runs, one line a gold."""
-    print("\ntogether")
+def print_together(both: dict[str, dict], count: int, design: str = "") -> None:
+    """What `rank_statistics.together` says of `count` runs, of a `design` among others, one line a gold."""
+    print("\ntogether" + (f": {design}" if design else ""))
     for name, entry in both.items():
         if entry["mean"] is None:
             print(f"gold {name}: SpearmanR of a run is undefined, and so is their mean")
             continue
         print(f"gold {name}: mean SpearmanR {entry['mean']:.3f} over {count} runs, standard error {entry['standard_error']:.3f}, "
               f"p over drawn orders {entry['pvalue']:.4g}; SpearmanR of the mean curves {_shown(entry['mean_curves'])}")  # fmt: skip
+
+
+def print_comparison(compared: Mapping[str, list]) -> None:
+    """What `rank_statistics.compare` found: a table of one row a run, then `sentences`."""
+    print("\nwhat each reward did to gold, from the first checkpoint to the last (SE: standard error over prompts)")
+    print(table_text(comparison_table(compared)))
+    print("\n".join(sentences(compared)))
 
 
 def describe(found: dict, steps: list[int]) -> str:
@@ -112,6 +123,25 @@ def write_together(folder: Path, runs: Sequence[ScoredRun], both: dict[str, dict
     print(folder / "report.html")
 
 
+def write_comparison(
+    folder: Path, runs: Sequence[ScoredRun], compared: dict[str, list], agreed: dict[str, dict[str, dict]], record: dict
+) -> None:
+    """Write monotonicity.json, monotonicity.png and report.html of runs of different designs, and print where the page is.
+
+    Args:
+        folder: receives the files.
+        runs: at least two.
+        compared: what `rank_statistics.compare` found.
+        agreed: what `rank_statistics.together` says of each design that several runs have.
+        record: the provenance.
+    """
+    content = {"comparison": {**compared, "sentences": sentences(compared)}, "together": agreed, "provenance": record}
+    write_json(folder / "monotonicity.json", content)
+    draw_comparison(folder / "monotonicity.png", runs, record)
+    write_report(folder / "report.html", runs, None, record, compared)
+    print(folder / "report.html")
+
+
 # ------------------------------------------------------------------------------------------------------------- the figure
 
 
@@ -131,15 +161,14 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = _labels(run)
+    labels = last_parts(run.gold)
     rows = [("", "proxy reward", run.proxy, PROXY_STYLE)]
     for (name, scores), style in zip(run.gold.items(), itertools.cycle(GOLD_STYLES)):
         rows.append((name, "gold reward" if len(labels) == 1 else f"gold reward, {labels[name]}", scores, style))
     axes = {"PPO step": run.steps}
     if None not in run.kl:
         axes["KL from the start (nats)"] = run.kl
-    style = {"font.size": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(FIGURE_STYLE):
         size = (COLUMN_WIDTH, 0.5 + 1.05 * len(rows))
         figure, grid = pyplot.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained")
         for panels, (name, label, scores, (line, color)) in zip(grid, rows):
@@ -147,21 +176,85 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
             turn = run.found.get(name, {}).get("turning_point")
             panels[0].set_title(f"mean {label}" + (", its peak dotted" if turn is not None else ""), color=color, loc="left", fontsize=7)
             for panel, positions in zip(panels, axes.values()):
-                order = np.argsort(positions, kind="stable")
-                x = np.asarray(positions)[order]
-                if band:
-                    panel.fill_between(x, band[0][order], band[1][order], color=color, alpha=0.16, linewidth=0)
-                panel.plot(x, mean[order], line, color=color, linewidth=1.2, markersize=3.2)
+                _draw_line(panel, positions, mean, band, line, color)
                 if turn is not None:
                     panel.axvline(positions[run.steps.index(turn)], color="0.35", linewidth=0.7, linestyle=":")
-                panel.grid(alpha=0.25, linewidth=0.5)
-                panel.spines[["top", "right"]].set_visible(False)
+                _quieten(panel)
         for panel, label in zip(grid[-1], axes):
             panel.set_xlabel(label)
         figure.suptitle(_title(run, labels), fontsize=8)
         with atomic_path(target) as temporary:
             figure.savefig(temporary, dpi=300, metadata={"Description": json.dumps(record)})
         pyplot.close(figure)
+
+
+def draw_comparison(target: Path, runs: Sequence[ScoredRun], record: dict) -> None:
+    """Draw the proxy and the golds of runs of several designs as a PNG of a paper's full width: one line a run, one legend.
+
+    Columns are the PPO step and, where a run's log has it, the KL. The proxy is shown as `standard_gains`, since designs have scales of
+    their own; gold has one scale for all. A design has a color, and its seeds have lines of their own. Bands are `curve_band`'s.
+
+    Args:
+        target: the file.
+        runs: at least two, with the same golds.
+        record: goes into the PNG's metadata, as JSON under "Description".
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels, names = last_parts(runs[0].gold), [f"{run.name}: {run.design}" for run in runs]
+    rows = [("proxy gain since its first checkpoint (standard deviations)", [standard_gains(run.proxy) for run in runs])]
+    for name in runs[0].gold:
+        rows.append(("mean gold reward" + ("" if len(labels) == 1 else f", {labels[name]}"), [run.gold[name] for run in runs]))
+    axes = {"PPO step": [run.steps for run in runs]}
+    known = [run.kl if None not in run.kl else None for run in runs]
+    if any(known):
+        without = ", ".join(run.name for run, kl in zip(runs, known) if kl is None)
+        axes["KL from the start (nats)" + (f"; not known of {without}" if without else "")] = known
+    with pyplot.rc_context(FIGURE_STYLE):
+        size = (2 * COLUMN_WIDTH, 0.5 + 0.14 * len(runs) + 1.5 * len(rows))
+        figure, grid = pyplot.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained")
+        for panels, (title, tables) in zip(grid, rows):
+            panels[0].set_title(title, loc="left", fontsize=7)
+            for panel, positions in zip(panels, axes.values()):
+                for x, scores, place, name in zip(positions, tables, _styles(runs), names):
+                    if x is not None and scores is not None:
+                        band = curve_band(scores) if scores.shape[1] > 1 else None
+                        _draw_line(panel, x, scores.mean(axis=1), band, SEED_LINES[place["seed"]], DESIGN_COLORS[place["color"]], name)
+                _quieten(panel)
+        for panel, label in zip(grid[-1], axes):
+            panel.set_xlabel(label)
+        figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, dpi=300, metadata={"Description": json.dumps(record)})
+        pyplot.close(figure)
+
+
+def _styles(runs: Sequence[ScoredRun]) -> list[dict[str, int]]:
+    """A run's "color", its design's, and "seed", its place among the runs of its design; both start again where they run out."""
+    designs = list(dict.fromkeys(run.design for run in runs))
+    seen: dict[str, int] = dict.fromkeys(designs, 0)
+    styles = []
+    for run in runs:
+        styles.append({"color": designs.index(run.design) % len(DESIGN_COLORS), "seed": seen[run.design] % len(SEED_LINES)})
+        seen[run.design] += 1
+    return styles
+
+
+def _draw_line(panel, positions: Sequence[float], mean: np.ndarray, band: tuple | None, line: str, color: str, label: str = "") -> None:
+    """A curve with its band, by rising position; `label` is its name in a legend."""
+    order = np.argsort(positions, kind="stable")
+    x = np.asarray(positions)[order]
+    if band:
+        panel.fill_between(x, band[0][order], band[1][order], color=color, alpha=0.16, linewidth=0)
+    panel.plot(x, mean[order], line, color=color, linewidth=1.2, markersize=3.2, label=label)
+
+
+def _quieten(panel) -> None:
+    panel.grid(alpha=0.25, linewidth=0.5)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _title(run: ScoredRun, labels: dict[str, str]) -> str:
@@ -175,16 +268,10 @@ def _title(run: ScoredRun, labels: dict[str, str]) -> str:
     return f"{run.name}, SpearmanR {checkpoints}\n" + ", ".join(f"{label} {rho(name)}" for name, label in labels.items())
 
 
-def _labels(run: ScoredRun) -> dict[str, str]:
-    """What golds are called where room is short: the last part of their names, if that tells them apart."""
-    short = {name: name.rstrip("/").rsplit("/", 1)[-1] for name in run.gold}
-    return short if len(set(short.values())) == len(short) else {name: name for name in run.gold}
-
-
 # --------------------------------------------------------------------------------------------------------------- the page
 
 
-def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None, record: dict) -> None:
+def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None, record: dict, compared: dict | None = None) -> None:
     """Write one self-contained HTML page on one run or several.
 
     Args:
@@ -192,6 +279,7 @@ def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None,
         runs: at least one; the page switches between them by name.
         together: what `rank_statistics.together` says of several runs; None for one.
         record: shown as provenance, whatever it holds.
+        compared: what `rank_statistics.compare` found of runs of different designs, which then comes first; None for others.
     """
     environment = Environment(
         loader=FileSystemLoader(REPOSITORY / "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -199,8 +287,17 @@ def write_report(target: Path, runs: Sequence[ScoredRun], together: dict | None,
     environment.filters["shell"] = shlex.join
     golds = {gold: {name: value for name, value in entry.items() if name != "runs"} for gold, entry in (together or {}).items()}
     summary = {"runs": [_summary(run) for run in runs], "together": _plain(golds)}
+    if compared:
+        table = comparison_table(compared)
+        summary["comparison"] = {
+            "heads": list(table[0]),
+            "rows": [list(row.values()) for row in table],
+            "sentences": sentences(compared),
+            "lines": [_line(run, place) for run, place in zip(runs, _styles(runs))],
+        }
     page = environment.get_template("report.html.jinja").stream(
         names=[run.name for run in runs],
+        is_comparison=compared is not None,
         summary=embedded_json(summary),
         rollouts=(embedded_json(_rollouts(run)) for run in runs),
         record=record,
@@ -216,7 +313,7 @@ def embedded_json(content: object) -> Markup:
 
 
 def _summary(run: ScoredRun) -> dict:
-    labels = _labels(run)
+    labels = last_parts(run.gold)
     return {
         "name": run.name,
         "steps": _plain(run.steps),
@@ -231,6 +328,12 @@ def _summary(run: ScoredRun) -> dict:
         "components": {name: _curve(scores) for name, scores in run.components.items()},
         "length": _curve(run.tokens),
     }
+
+
+def _line(run: ScoredRun, place: dict[str, int]) -> dict:
+    """What the comparison's charts need of a run that its summary does not have."""
+    gained = standard_gains(run.proxy)
+    return {"design": run.design, "gains": None if gained is None else _curve(gained), **place}
 
 
 def _rollouts(run: ScoredRun) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,22 @@ from conftest import ROWS, run_script
 from eval_monotonicity import (
     MonotonicitySettings,
     choose_checkpoints,
+    design_name,
+    name_designs,
     read_run,
     scored_run,
     short_names,
     warn_of_changed_code,
+    warn_of_other_draws,
 )
 from parts.chat_templates import load_template
+from parts.designs import all_designs
 from parts.errors import InputError
 from parts.files import read_json
 from parts.rank_statistics import ScoredRun, curve, gains, table_text
 from parts.runs import read_kl
 from parts.scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
-from reward_model import ReversedEngineeredRewardForInference, proxy_of_run
+from reward_model import ProxySettings, ReversedEngineeredRewardForInference, RewardSettings, proxy_of_run
 
 
 def make_run(folder, steps, instructions=("a", "b"), name="run"):
@@ -271,6 +276,97 @@ def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
     assert len(kept) == 6
     done = run_script(*words)
     assert done.returncode == 0 and {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_design_in_symbols():
+    for name, switches in all_designs().items():
+        assert design_name(ProxySettings(**switches)) == name
+    assert design_name(RewardSettings(length_target=60, rouge_l=True)) == "LI (target 60) * rouge_l"
+    assert design_name(RewardSettings(reward_function="my.py:score")) == "my.py:score"
+
+
+def record(folder, steps, name, **settings):
+    """A training record for each checkpoint of a run that `make_run` made, and a log with the KL."""
+    settings = {
+        "repetition_penalty": False,
+        "relevance_scaling": False,
+        "reward_branching": False,
+        "logging_dir": str(folder / name),
+        **settings,
+    }
+    for step in steps:
+        (folder / f"{name}_step_{step}" / "training_record.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    (folder / name).mkdir()
+    lines = [{"step": step, "objective/kl": float(step)} for step in range(1, 9)]
+    (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_a_run_knows_its_design(tmp_path, capsys):
+    trained = {"li": {}, "target": {"length_target": 20}, "learned": {"reward_model_name": "owner/rm", "relevance_model_name": "owner/one"},
+               "near": {"relevance_scaling": True, "relevance_model_name": "owner/one"},
+               "far": {"relevance_scaling": True, "relevance_model_name": "owner/two"}}  # fmt: skip
+    for name, settings in trained.items():
+        make_run(tmp_path, [1, 2, 4], name=name)
+        record(tmp_path, [1, 2, 4], name, **settings)
+    make_run(tmp_path, [1, 2, 4], name="unrecorded")
+    settings = MonotonicitySettings(output_dir=str(tmp_path), model_prefix=["li"])
+    typed = {"relevance_scaling": False, "reward_branching": False}
+    runs = {name: read_run(settings, {}, name) for name in ("li", "target")}
+    runs |= {name: read_run(settings, typed, name) for name in ("learned", "unrecorded")}
+    assert [run.design for run in runs.values()] == ["LI", "LI (target 20)", "reward model rm (proxy: LI * RP)", "LI * RP"]
+    assert [run.own for run in runs.values()] == [True, True, False, False]  # without a record nobody knows
+    assert read_run(settings, {"repetition_penalty": True}, "li").own is False
+    assert name_designs([runs["li"], runs["unrecorded"]]) == ["LI", "LI * RP"]
+    near, far = (
+        replace(runs["li"], proxy=proxy_of_run(trained[name] | {"repetition_penalty": False, "reward_branching": False}))
+        for name in ("near", "far")
+    )
+    assert near.design == far.design == "LI * relevance" and name_designs([near, near]) == ["LI * relevance"] * 2
+    assert name_designs([near, far])[1] == "length_incentive=True, relevance_scaling=True, relevance by `owner/two`"
+
+
+def test_rollouts_of_designs_that_were_drawn_otherwise_are_named(tmp_path, capsys):
+    for name, temperature in (("one", 0.7), ("two", 0.7), ("three", 1.0)):
+        settings = make_run(tmp_path, [1, 2, 4], name=name)
+        for step in (1, 2, 4):
+            meta = tmp_path / f"{name}_step_{step}" / f"alpaca-eval-{name}_step_{step}.meta.json"
+            meta.write_text(json.dumps({"decoding": {"temperature": temperature}}), encoding="utf-8")
+    typed = {"relevance_scaling": False, "reward_branching": False}
+    warn_of_other_draws([read_run(settings, typed, name) for name in ("one", "two", "three")])
+    assert capsys.readouterr().out == "warning: the rollouts of three were made with another decoding than those of one\n"
+
+
+def test_two_designs_from_the_command_line(tmp_path, tiny_gold):
+    """LI's own run and LI * RP's: one comparison, with the gains that literal counts of words give."""
+    for name, repetition in (("li", False), ("rp", True)):
+        make_run(tmp_path, [1, 2, 4], instructions=[row["input"] for row in ROWS], name=name)
+        record(tmp_path, [1, 2, 4], name, repetition_penalty=repetition)
+    done = run_script("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix", "li", "rp", f"--gold_model={tiny_gold}")
+    assert done.returncode == 0, done.stderr
+    assert "together" not in done.stdout and "warning: the rollouts" not in done.stdout
+    said = done.stdout.split("what each reward did to gold")[1]
+    assert "LI: the proxy rises by 0.03 (the same on every prompt) and gold " in said
+    assert "Gold does not tell LI from LI * RP (+0.00, the same on every prompt), paired by prompt." in said
+    content = read_json(tmp_path / "li+rp_monotonicity" / "monotonicity.json")
+    one, two = content["comparison"]["runs"]
+    assert (one["design"], two["design"], one["own"], two["own"]) == ("LI", "LI * RP", True, True)
+    assert one["proxy"]["difference"] == pytest.approx(0.03) and one["kl"] == [2.5, 5.0] and one["steps"] == [1, 4]
+    assert content["comparison"]["pairs"] == [
+        {"runs": ["li", "rp"], "golds": {"gold": {"difference": pytest.approx(0, abs=1e-5), "standard_error": pytest.approx(0, abs=1e-5)}}}
+    ]
+    assert content["provenance"]["proxy"]["rp"]["repetition_penalty"] is True
+    for name in ("monotonicity.png", "report.html"):
+        assert (tmp_path / "li+rp_monotonicity" / name).is_file()
+    # Other prompts in one of them, and a third run of a design that is there already.
+    make_run(tmp_path, [1, 2, 4], instructions=["Another prompt.", "And one more, longer."], name="third")
+    record(tmp_path, [1, 2, 4], "third", repetition_penalty=True)
+    done = run_script(
+        "eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix", "li", "rp", "third", f"--gold_model={tiny_gold}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "together: LI * RP\n" in done.stdout
+    assert "LI and third (LI * RP) answered different prompts, so their gains are not paired." in done.stdout
+    assert len(read_json(tmp_path / "li+rp+third_monotonicity" / "monotonicity.json")["comparison"]["pairs"]) == 1
 
 
 def read_rows_of(path):

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from parts.rank_statistics import agreement, bootstrap_interval, curve_band, kendall, permutation_pvalue, spearman, turning_point
+from parts.rank_statistics import (
+    ScoredRun,
+    agreement,
+    bootstrap_interval,
+    compare,
+    curve_band,
+    kendall,
+    permutation_pvalue,
+    spearman,
+    standard_gains,
+    turning_point,
+)
 
 
 def test_correlations():
@@ -68,3 +79,41 @@ def test_agreement_prompt_by_prompt():
 )
 def test_where_gold_turns(proxy, gold, step):
     assert turning_point([10, 20, 30, 40], np.array(proxy), np.array(gold)) == step
+
+
+def run_of(name, design, gold, instructions=("a", "b", "c"), kl=(0.0, 1.0, 2.5)):
+    proxy = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [2.0, 4.0, 6.0]])
+    return ScoredRun(
+        name=name, design=design, own=True, steps=[0, 4, 8], instructions=list(instructions), qtypes=[None] * 3, references=[None] * 3,
+        responses=[["x"] * 3] * 3, tokens=np.array([[10, 20, 30], [20, 20, 20], [40, 50, 60]]), kl=list(kl), proxy=proxy,
+        components={"repetition": np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.25, 0.5, 0.75]])},
+        gold={"rm": np.array(gold, dtype=float), "human": np.array([[1.0], [3.0], [2.0]])},
+        found={"rm": {"spearman": 0.5, "interval": (0.0, 1.0)}, "human": {"spearman": 0.5}},
+    )  # fmt: skip
+
+
+def test_runs_of_two_designs_side_by_side():
+    falls = run_of("one", "LI", [[1, 1, 1], [2, 2, 2], [0, -1, -2]])
+    rises = run_of("two", "LI * RP", [[1, 1, 1], [2, 2, 2], [2, 4, 6]], kl=(0.0, None, None))
+    other = run_of("three", "LI * RP", [[1, 1, 1], [2, 2, 2], [2, 4, 6]], instructions=("a", "b", "z"))
+    found = compare([falls, rises, other])
+    # the proxy gains 1, 2, 3 and gold -1, -2, -3: means of 2 and standard errors of 1 / sqrt(3)
+    assert found["runs"][0] == {
+        "name": "one", "design": "LI", "own": True, "steps": [0, 8], "rows": 3,
+        "proxy": {"difference": 2.0, "standard_error": pytest.approx(3**-0.5)},
+        "golds": {
+            "rm": {"difference": -2.0, "standard_error": pytest.approx(3**-0.5), "spearman": 0.5, "interval": (0.0, 1.0), "peak": 4},
+            "human": {"difference": 1.0, "standard_error": None, "spearman": 0.5, "interval": None, "peak": 4},
+        },
+        "tokens": [20.0, 50.0], "repetition": [1.0, 0.5], "kl": [0.0, 2.5],
+    }  # fmt: skip
+    assert found["runs"][1]["golds"]["rm"]["peak"] == 8 and found["runs"][1]["kl"] == [0.0, None]
+    # by prompt gold gains 1, 3, 5 under "two" and -1, -2, -3 under "one": 2, 5, 8 apart
+    apart = {"difference": 5.0, "standard_error": pytest.approx(3 / 3**0.5)}
+    assert found["pairs"] == [{"runs": ["one", "two"], "golds": {"rm": apart}}]
+    assert found["unpaired"] == [["one", "three"], ["two", "three"]]
+
+
+def test_gains_in_standard_deviations_of_the_start():
+    np.testing.assert_allclose(standard_gains(np.array([[1.0, 3.0], [2.0, 7.0]])), [[0, 0], [1 / 2**0.5, 4 / 2**0.5]])
+    assert standard_gains(np.array([[1.0, 1.0], [2.0, 7.0]])) is None and standard_gains(np.array([[1.0], [2.0]])) is None

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ import pytest
 from lxml import html
 from PIL import Image
 
-from parts.rank_statistics import ScoredRun
-from parts.report import draw, embedded_json, write_report
+from parts.comparison import comparison_table, sentences
+from parts.rank_statistics import ScoredRun, compare
+from parts.report import draw, draw_comparison, embedded_json, print_comparison, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
@@ -277,7 +280,7 @@ def test_a_gold_of_means_only(tmp_path):
     )
 
 
-def figure_of(monkeypatch, path: Path, run: ScoredRun):
+def figure_of(monkeypatch, path: Path, run: ScoredRun | list[ScoredRun], draw: Callable = draw):
     from matplotlib import pyplot
 
     drawn = []
@@ -313,3 +316,170 @@ def test_the_figure_of_two_golds_without_kl(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert [len(axis.collections) for axis in figure.axes] == [1, 0, 0]  # no band without scores by row
     assert len({axis.lines[0].get_color() for axis in figure.axes}) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ designs side by side
+
+
+def two_designs() -> list[ScoredRun]:
+    """LI, whose gold falls, and a design whose gold rises by 6 more; the second run has no checkpoint 15."""
+    li, full = scored_run("li"), scored_run("full <i>run")
+    full.gold["owner/gold"] = full.gold["owner/gold"] + np.arange(4.0)[:, None] * (3 + np.arange(ROWS) / 10)
+    full.responses[2][0] = "the full design's answer"
+    proxy = np.arange(ROWS) + li.proxy  # a start that is not the same on every prompt
+    return [
+        replace(li, proxy=proxy, design="LI", own=True),
+        replace(full, proxy=proxy, design="LI * <b>RP</b>", own=True, steps=[0, 5, 10, 20]),
+    ]
+
+
+def gain(difference: float, standard_error: float | None, **more: object) -> dict:
+    return {"difference": difference, "standard_error": standard_error, **more}
+
+
+def entry(name: str, design: str, proxy: dict, *golds: dict, own: bool = True, steps: tuple[int, int] = (0, 12)) -> dict:
+    known = {"spearman": -1.0, "interval": (-1.0, -0.8), "peak": 4}
+    named = {f"owner/rm{number}": {**known, **gold} for number, gold in enumerate(golds)}
+    return {"name": name, "design": design, "own": own, "steps": list(steps), "rows": 64, "proxy": proxy, "golds": named,
+            "tokens": [18.2, 65.9], "repetition": [0.995, 0.9], "kl": [0.0, 17.94]}  # fmt: skip
+
+
+def test_what_is_said_of_designs():
+    li = entry("a", "LI", gain(0.478, 0.031), gain(-3.01, 0.33))
+    full = entry("b", "LI * RP", gain(0.53, 0.21), gain(0.08, 0.29))
+    pair = {"runs": ["a", "b"], "golds": {"owner/rm0": gain(3.09, 0.4)}}
+    caveat = "Standard errors are over prompts. They say nothing of another seed."
+    assert sentences({"runs": [li, full], "pairs": [pair], "unpaired": []}) == [
+        "LI: the proxy rises by 0.48 (15 SE) and gold falls by 3.01 (9 SE): the policy over-optimises the proxy.",
+        "LI * RP: the proxy rises by 0.53 (2.5 SE) and gold does not move (+0.08, 0.2 SE): these prompts do not show that gold follows.",
+        "Gold differs between the two by 3.09 (7 SE), paired by prompt, in favour of LI * RP over LI.",
+        caveat,
+    ]
+    assert comparison_table({"runs": [li]}) == [{
+        "run": "a", "design": "LI", "steps": "0 to 12", "proxy gain (SE)": "+0.48 (0.03)", "gold gain (SE)": "-3.01 (0.33)",
+        "SpearmanR (interval)": "-1.00 (-1.00 to -0.80)", "gold peaks at": "4", "tokens": "18 -> 66", "repetition": "0.99 -> 0.90",
+        "KL last": "17.94",
+    }]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("proxy", "golds", "own", "said"),
+    [
+        (gain(1, 0.1), [gain(2, 0.5)], True, "the proxy rises by 1.00 (10 SE) and gold rises by 2.00 (4 SE): gold follows the proxy."),
+        (gain(1, 0.1), [gain(-2, 0.5)], False, "the proxy rises by 1.00 (10 SE) and gold falls by 2.00 (4 SE)."),  # it was not trained on it
+        (gain(1, 0.51), [gain(-2, 0.5)], True, "the proxy does not move (+1.00, 1.9 SE) and gold falls by 2.00 (4 SE): these prompts do not "
+         "show that PPO raised its reward."),
+        (gain(0.012, 0.0), [gain(0.0, 0.0)], True, "the proxy rises by 0.012 (the same on every prompt) and gold does not move (+0.00, the "
+         "same on every prompt): these prompts do not show that gold follows."),
+        (gain(1, 0.1), [gain(-2, None)], True, "the proxy rises by 1.00 (10 SE) and gold changes by -2.00 (its standard error is not known)."),
+        (gain(1, 0.1), [gain(-2, 0.5), gain(0.5, 0.5)], True, "the proxy rises by 1.00 (10 SE), gold rm0 falls by 2.00 (4 SE) and gold rm1 "
+         "does not move (+0.50, 1.0 SE): the golds do not agree."),
+    ],
+)  # fmt: skip
+def test_no_more_is_said_than_the_numbers_say(proxy, golds, own, said):
+    assert sentences({"runs": [entry("a", "LI", proxy, *golds, own=own)], "pairs": [], "unpaired": []})[0] == f"LI: {said}"
+
+
+def test_what_is_said_of_pairs():
+    runs = [entry("a", "LI", gain(1, 0.1), gain(1, 0.1)), entry("b", "LI", gain(1, 0.1), gain(1, 0.1)),
+            entry("c", "LI * RP", gain(1, 0.1), gain(1, 0.1), steps=(0, 18))]  # fmt: skip
+    pairs = [{"runs": list(names), "golds": {"owner/rm0": gain(-0.5, 0.3)}} for names in ("ab", "ac")]
+    said = sentences({"runs": runs, "pairs": pairs, "unpaired": [["b", "c"]]})
+    assert said[3:-1] == [  # nothing of two seeds of a design
+        "Gold does not tell a (LI) from LI * RP (-0.50, 1.6 SE), paired by prompt.",
+        "a (LI) and LI * RP were compared over different steps, 0 to 12 and 0 to 18.",
+        "b (LI) and LI * RP answered different prompts, so their gains are not paired.",
+    ]
+
+
+def test_the_comparison_on_the_console(capsys):
+    print_comparison(compare(two_designs()))
+    out = capsys.readouterr().out
+    assert "run          design          steps    proxy gain (SE)  gold gain (SE)" in out
+    # gold moves by -6.15 under LI and, 9 + 3.15 more, by 6.00 under the other
+    assert "\nLI: the proxy rises by 6.15 (14 SE) and gold falls by 6.15 (14 SE): the policy over-optimises the proxy.\n" in out
+    assert "and gold rises by 6.00 (the same on every prompt): gold follows the proxy." in out
+    assert "Gold differs between the two by 12.15 (29 SE), paired by prompt, in favour of LI * <b>RP</b> over LI." in out
+
+
+def test_the_figure_of_designs(tmp_path, monkeypatch):
+    runs = two_designs()
+    runs[1].kl[1] = None
+    figure = figure_of(monkeypatch, tmp_path / "monotonicity.png", runs, draw_comparison)
+    with Image.open(tmp_path / "monotonicity.png") as image:
+        assert image.width == 2040 and json.loads(image.text["Description"]) == RECORD
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "PPO step", "KL from the start (nats); not known of full <i>run"]
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles[::2] == ["proxy gain since its first checkpoint (standard deviations)", "mean gold reward"]
+    assert [len(axis.lines) for axis in figure.axes] == [len(axis.collections) for axis in figure.axes] == [2, 1, 2, 1]
+    spread = np.arange(ROWS).std(ddof=1)
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx(np.array([0, 2.05, 4.1, 6.15]) / spread)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["li: LI", "full <i>run: LI * <b>RP</b>"]
+    assert len({line.get_color() for line in figure.axes[2].lines}) == 2
+
+
+@needs_chromium
+def test_the_page_of_designs(tmp_path):
+    runs = two_designs()
+    path = tmp_path / "report.html"
+    write_report(path, runs, None, RECORD, compare(runs))
+    assert "https://" not in path.read_text(encoding="utf-8")
+    page = look(path, "along=kl")
+    assert texts(page, "//h1") == ["What did each reward do to gold?"]
+    rows = [[*texts(row, "/*")] for row in find(page, "//#designs//tr")]
+    assert rows[0] == ["run", "design", "steps", "proxy gain (SE)", "gold gain (SE)", "SpearmanR (interval)", "gold peaks at", "tokens",
+                       "repetition", "KL last"]  # fmt: skip
+    assert rows[1] == ["li", "LI", "0 to 15", "+6.15 (0.42)", "−6.15 (0.42)", "−1.00 (−1.00 to −0.50)", "0", "5 → 5", "– → –", "4.00"]
+    assert rows[2][:3] == ["full <i>run", "LI * <b>RP</b>", "0 to 20"]
+    assert texts(page, "//#said/li")[0] == (
+        "LI: the proxy rises by 6.15 (14 SE) and gold falls by 6.15 (14 SE): the policy over-optimises the proxy."
+    )
+    assert texts(page, "//#along/button[@aria-pressed='true']") == ["KL"]
+    assert texts(page, "//#legend/li") == ["li: LI", "full <i>run: LI * <b>RP</b>"]
+    assert texts(page, "//#beside//figcaption") == ["Proxy gain, in standard deviations", "Mean gold"]
+    gold = find(page, "//#beside//*[name()='svg']")[1]
+    assert len(find(gold, "//.line")) == len(find(gold, "//.band")) == 2
+    assert "li: step 0 10.50, step 5 8.45" in gold.get("aria-label") and "against KL" in gold.get("aria-label")
+    # The rollouts: both runs at the last step that they share.
+    first = find(page, "//article[@data-row='1']")[0]
+    assert texts(first, "//.response/header/h4") == ["liLI", "full <i>runLI * <b>RP</b>"]
+    assert texts(first, "//.response//.words") == ["answer 0 of step 10", "the full design's answer"]
+    assert texts(first, "//.response/header/span") == ["proxy 2.00", "gold −2.00", "proxy 2.00", "gold 4.00"]
+    assert texts(first, "//.parts/div[last()]") == ["tokens5", "tokens5"]
+    hostile = find(page, "//article[@data-row='4']")[0]
+    assert [part.text_content() for part in find(hostile, "//.response//.words")] == [HOSTILE] * 2
+    page = look(path, "sort=apart&order=asc")
+    assert texts(page, "//#prompts//h3")[:2] == ["Prompt 1", "Prompt 2"]  # at step 10 gold is 2 * (3 + row / 10) higher
+    assert texts(page, "//article[@data-row='1']/header/span") == ["OPENENDED", "gold of full <i>run less that of li +6.00"]
+    assert "by gold of full <i>run less that of li at step 10, lowest first" in texts(page, "//#status")[0]
+    assert len(find(page, "//#panels//.other")) == 1  # the other run's gold: its proxy has another scale
+    page = look(path, "show=15&q=step+15")
+    assert texts(page, "//article[@data-row='1']//.response")[1].endswith("No rollouts of step 15.")
+    assert texts(page, "//#status")[0].startswith("21 prompts of 22")  # all but the hostile one
+    page = look(path, "run=full+%3Ci%3Erun&side=checkpoints")
+    assert texts(page, "//article[@data-row='1']//.response//h4") == ["step 0", "step 5", "step 20"]
+    assert texts(page, "//#side/button[@aria-pressed='true']") == ["checkpoints of full <i>run"]
+
+
+@needs_chromium
+def test_the_buttons_of_designs(tmp_path):
+    runs = two_designs()
+    runs[1].instructions.reverse()  # other prompts row by row: they are found by their text
+    path = tmp_path / "report.html"
+    write_report(path, runs, None, RECORD, compare(runs))
+    clicks = """<script>addEventListener("DOMContentLoaded", () => {
+      const press = (selector) => document.querySelector(selector).click();
+      press("#along button:nth-of-type(2)");
+      press("#designs tbody tr:nth-child(2) button");
+      press("#side [data-side='checkpoints']");
+      press("#side [data-side='runs']");
+      press("#show [data-step='5']");
+      root.dataset.hash = location.hash;
+    });</script>"""
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", clicks + "</body>"), encoding="utf-8")
+    page = look(path)
+    state = dict(pair.split("=") for pair in page.get("data-hash").removeprefix("#").split("&"))
+    assert state == {"along": "kl", "run": "full+%3Ci%3Erun", "show": "5"}
+    assert "answered different prompts" in texts(page, "//#said")[0]
+    first = find(page, "//article[@data-row='1']")[0]
+    assert texts(first, "//.response//.words") == ["answer 21 of step 5", "answer 0 of step 5"]
