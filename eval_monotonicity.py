@@ -47,7 +47,7 @@ class MonotonicitySettings(Settings):
     model_prefix: list[str] = setting(
         [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
     )
-    steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, but for the start (step 0)")
+    steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, except the start (step 0)")
     include_start: bool = setting(False, "count step 0 among the default checkpoints")
     data_path: str = setting(
         "", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from", path=True

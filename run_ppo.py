@@ -77,7 +77,7 @@ class PPOSettings(RewardSettings):
         expected=", ".join(TRACKERS),
     )
     overwrite: bool = setting(False, "remove the checkpoints that an earlier run left at output_dir")
-    resume_from_checkpoint: str = setting("", "go on from a checkpoint folder, or from the latest of this output_dir: 'auto'", path=True)
+    resume_from_checkpoint: str = setting("", "resume from a checkpoint folder, or from the latest of this output_dir: 'auto'", path=True)
     allow_changed_settings: bool = setting(False, "resume although settings are not those that the checkpoint was made with")
     save_total_limit: int = setting(
         0, "keep this many of the newest checkpoints, and the start; 0 keeps all", least=0, expected="0 or more"
@@ -288,7 +288,7 @@ def main() -> None:
             if not scheduled:
                 folder = str(ppo_state.interrupted(settings.output_dir))
                 ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, {}), None)
-            say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto goes on from {folder}")
+            say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto resumes from {folder}")
             break
     bar.close()
     leave_processes(accelerator)

@@ -43,7 +43,7 @@ class GoldTrainingSettings(Settings):
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", path=True)
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
-    start_from: str = setting("", "reward adapter on the same model to go on from, LoRA settings and all; empty means a new one", path=True)
+    start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
     pairs: int = setting(5000, "most training pairs (one epoch)")
     ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
     heldout_share: float = setting(0.15, "share of the prompts held out")
@@ -171,7 +171,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
 CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
 
 Trained by `train_gold_rm.py` with the Bradley-Terry loss; `parts.gold_models.load_gold_reward_model` reads this folder.
-Settings, seed, commit and package versions, also of what it goes on from: `training_record.json`.
+Settings, seed, commit and package versions, also of the adapter it continues: `training_record.json`.
 
 **Data and licence.** {note}
 
@@ -204,7 +204,7 @@ def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, flo
 
 
 def earlier_training(settings: GoldTrainingSettings) -> dict:
-    """The record of the adapter to go on from. Raises InputError for another base model, or prompts or systems held out otherwise."""
+    """The record of the adapter to continue. Raises InputError for another base model, or prompts or systems held out otherwise."""
     folder = Path(settings.start_from)
     base = adapter_base(folder)
     if Path(base).resolve() != Path(settings.model_name).resolve():

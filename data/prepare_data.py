@@ -11,7 +11,7 @@ files of the hub their checksums. The hub's own variables hold here: HF_ENDPOINT
 
 Every output has a `.meta.json` beside it: source, commit, checksums, licence. An output that is already what the command makes is left
 alone, any other needs --overwrite. A cut connection is resumed by the hub's client; after a failed or interrupted run the same command
-goes on with the files that are whole in the cache.
+resumes with the files that are complete in the cache.
 """
 
 from __future__ import annotations

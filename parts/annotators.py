@@ -219,7 +219,7 @@ def ask(client: OpenAI, question: Question, answers: Answers) -> None:
             raise InputError(f"{address}: HTTP {error.status_code}, expected another {what}") from None
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
             status = f"HTTP {error.status_code}" if isinstance(error, openai.APIStatusError) else str(error)
-            raise ConnectionError(f"{address}: {status} after {client.max_retries} retries; the same command goes on") from None
+            raise ConnectionError(f"{address}: {status} after {client.max_retries} retries; the same command resumes") from None
         except openai.APIStatusError as error:
             raise Refusal(f"HTTP {error.status_code}: {error.message}".replace(client.api_key, "<key>")) from None
         used["retries"] += response.retries_taken

@@ -85,19 +85,19 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
     if settings.reward_source() != record["reward_source"] and not settings.allow_changed_settings:
         raise InputError(
-            f"{folder}: the reward's code has changed since ({', '.join(record['reward_source'])}; --allow_changed_settings=true goes on all the same)"
+            f"{folder}: the reward's code has changed since ({', '.join(record['reward_source'])}; --allow_changed_settings=true resumes all the same)"
         )
     for name in ("dataset_path", "dev_prompt_path"):
         path = getattr(settings, name)
         if Path(path).is_file() and file_digest(path) != record["data"].get(name) and not settings.allow_changed_settings:
-            raise InputError(f"{folder}: {path} has changed since (--allow_changed_settings=true goes on all the same)")
+            raise InputError(f"{folder}: {path} has changed since (--allow_changed_settings=true resumes all the same)")
     changed = [
         f"{name} was {record['settings'].get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
         if name not in HARMLESS and record["settings"].get(name) != value
     ]
     if changed and not settings.allow_changed_settings:
-        raise InputError(f"{folder}: {'; '.join(changed)} (--allow_changed_settings=true goes on all the same)")
+        raise InputError(f"{folder}: {'; '.join(changed)} (--allow_changed_settings=true resumes all the same)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -199,7 +199,7 @@ def find_start(settings) -> Start:
     step = read_json(resumed / RECORD)["step"] if resumed else 0
     in_the_way = [path for path in checkpoints_of(settings.output_dir) if resumed is None or read_json(path / RECORD)["step"] > step]
     if in_the_way and not settings.overwrite:
-        later = "it and those after it" if resumed else "the checkpoints of an earlier run; --resume_from_checkpoint=auto goes on"
+        later = "it and those after it" if resumed else "the checkpoints of an earlier run; --resume_from_checkpoint=auto resumes it"
         raise InputError(f"{in_the_way[0]}: exists already (--overwrite=true removes {later})")
     return Start(resumed, step, in_the_way)
 
@@ -250,7 +250,7 @@ def _optimizer(trainer: FastPPOTrainer) -> tuple[torch.optim.Optimizer, list[tor
 
 
 def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:
-    """All of this process's state but for the weights: tensors by name, and what JSON can hold."""
+    """All of this process's state except the weights: tensors by name, and what JSON can hold."""
     optimizer, masters = _optimizer(trainer)
     tensors = {"torch_generator": torch.get_rng_state()}
     if torch.cuda.is_available():

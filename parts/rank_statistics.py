@@ -92,7 +92,7 @@ def permutation_pvalue(proxy: np.ndarray, gold: np.ndarray) -> float | None:
 
 
 def bootstrap_interval(proxy: np.ndarray, gold: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    """A 95% percentile interval of Spearman's correlation over prompts drawn anew, the same ones for every checkpoint and both rewards.
+    """A 95% percentile interval of Spearman's correlation over resampled prompts, the same ones for every checkpoint and both rewards.
 
     `gold` may be [checkpoints, 1], means that stay as they are. The interval says how much the correlation owes to this choice of prompts,
     not to this run. None where a resample's curve is constant.
@@ -110,7 +110,7 @@ def bootstrap_interval(proxy: np.ndarray, gold: np.ndarray, resamples: int = 200
 
 
 def curve_band(scores: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A 95% percentile band of a curve over prompts drawn anew: [checkpoints] low and high."""
+    """A 95% percentile band of a curve over resampled prompts: [checkpoints] low and high."""
     rows = scores.shape[1]
     counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples) / rows
     low, high = np.quantile(counts @ scores.T, [0.025, 0.975], axis=0)

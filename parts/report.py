@@ -79,7 +79,7 @@ def describe(found: dict, steps: list[int]) -> str:
         f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
     ]
     if found.get("interval"):
-        lines.append("95% interval of SpearmanR over prompts drawn anew: {:.3f} to {:.3f}".format(*found["interval"]))
+        lines.append("95% interval of SpearmanR over resampled prompts: {:.3f} to {:.3f}".format(*found["interval"]))
     if found.get("by_qtype"):
         parts = (f"{qtype} {_shown(part['spearman'])} ({part['rows']} rows)" for qtype, part in found["by_qtype"].items())
         lines.append(f"SpearmanR by query type: {', '.join(parts)}")

@@ -262,7 +262,7 @@ def test_the_estimate_by_hand():
     [
         ("wrong", {}, InputError, "HTTP 401, expected another OPENAI_API_KEY"),
         (KEY, {"Write a.": 404}, InputError, "HTTP 404, expected another model or address"),
-        (KEY, {"Write a.": 503}, ConnectionError, "HTTP 503 after 1 retries; the same command goes on"),
+        (KEY, {"Write a.": 503}, ConnectionError, "HTTP 503 after 1 retries; the same command resumes"),
     ],
 )
 def test_what_stops_an_api_run(api, tmp_path, monkeypatch, key, always, error, text):

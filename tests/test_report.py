@@ -149,7 +149,7 @@ def test_the_page(tmp_path):
     assert texts(page, "//.rho") == ["−1.00"]
     assert texts(page, "//.facts//dd")[:3] == [
         "4of one run",
-        "−1.00 to −0.50over prompts drawn anew",
+        "−1.00 to −0.50over resampled prompts",
         "0.083over all orders of the checkpoints, two-sided",
     ]
     assert "lower mean gold" in texts(page, "//.says")[0] and "Gold peaks at step 0 while" in texts(page, "//.says")[0]

@@ -79,7 +79,7 @@ def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tm
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     if "step 6: development" not in said:  # it may have been in its last step already
-        assert "stopped after step 5; the same command with --resume_from_checkpoint=auto goes on from" in said
+        assert "stopped after step 5; the same command with --resume_from_checkpoint=auto resumes from" in said
         assert read_json(tmp_path / "tiny_interrupted" / "training_record.json")["step"] == 5
         done = run_script(*command)
         assert done.returncode == 0, done.stderr
