@@ -77,6 +77,8 @@ def test_every_declared_setting_is_read_and_explained(script, cls):
     read = reads_of(script, "settings")
     if script in ("run_ppo", "parts.gold_models"):  # which hand their settings on, or read their own
         read |= reads_of("parts.ppo_state", "settings") | reads_of("parts.ppo_setup", "settings") | reads_of("parts.gold_models", "self")
+    if script == "train_sft":
+        read |= reads_of("parts.sft_data", "settings")
     if script in ("run_ppo", "reward_model"):
         read |= reads_of("reward_model", "self") | reads_of("reward_model", "settings") | switches_in_use()
     unread = {field.name for field in fields} - read
