@@ -9,7 +9,8 @@ As a command it scores rollouts in AlpacaEval's format and prints the mean of ea
     python reward_model.py outputs/full_step_500/alpaca-eval-full_step_500.json --data_path data/eval.json
     python reward_model.py FILE FILE --data_path data/eval.json --output scores.json --json=true
 
-To add a feature: write a function and name it in `FEATURES`. Its flag, help text, columns and log name follow from that line.
+To add a feature: write a function and name it in `FEATURES`. Its flag, help text, columns and log name follow from that line; the names
+of its parameters say what it reads (`parts/features.py`).
 To change the formula: edit `compose`. To leave this file alone: `--reward_function examples/my_reward.py:my_reward`.
 
 Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model Alignment", EMNLP 2024, section 2.
@@ -251,15 +252,22 @@ class ReversedEngineeredRewardForInference:
             )
 
     def compose(self, row: Mapping[str, float | str | None]) -> float:
-        """The formula: R of one row of features. What is off, or not used in the row's branch, is 1."""
-        kind = row["branch"] if self.settings.branches else UNBRANCHED
-        value = dict.fromkeys((feature.column for feature in FEATURES), 1.0)
-        for feature in self.settings.on:
-            if kind in feature.rows:
-                raw = row[feature.column]
-                value[feature.column] = feature.scale(raw, self.max_sequence_length) if feature.scale else raw
-        LI, QR, F_RAR, RP = map(value.pop, ("length", "query_relevance", "reference_relevance", "repetition"))
+        """The formula: R of one row, the product of the features in use.
+
+        `value` holds only these, so another formula need not know what is off: `return sum(value.values())` is the sum of what is on.
+        """
+        value = self.in_use(row)
+        LI, QR, F_RAR, RP = (value.pop(name, 1.0) for name in ("length", "query_relevance", "reference_relevance", "repetition"))
         return LI * QR * F_RAR * RP * math.prod(value.values())
+
+    def in_use(self, row: Mapping[str, float | str | None]) -> dict[str, float]:
+        """By column, the features that are on and that the row's branch uses; RAR as F(RAR)."""
+        kind = row["branch"] if self.settings.branches else UNBRANCHED
+        return {
+            feature.column: feature.scale(row[feature.column], self.max_sequence_length) if feature.scale else row[feature.column]
+            for feature in self.settings.on
+            if kind in feature.rows
+        }
 
     def variant(self, **switches: bool) -> ReversedEngineeredRewardForInference:
         """The same reward with other switches, for `compose`; it shares the encoder."""

@@ -274,7 +274,9 @@ def main() -> None:
         bar.update()
         bar.set_postfix(reward=f"{means['reward/total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")
         if last or step % settings.sample_freq == 0:
-            say(f"step {step}: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}")
+            say(
+                f"step {step}, one sample: reward {rewards[0]:.3f}\n  prompt   {shorten(batch[0].instruction)}\n  response {shorten(texts[0])}"
+            )
 
         # 9. Checkpoint, where one is due.
         if scheduled:

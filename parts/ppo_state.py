@@ -76,28 +76,34 @@ def find_resumable(output_dir: str, which: str) -> Path | None:
 
 
 def check_settings(folder: Path, settings, processes: int) -> None:
-    """Raises InputError naming the settings that are not those of the run that `folder` is of, unless they may change."""
+    """Compare with the run that `folder` is of, and print what `allow_changed_settings` lets change.
+
+    Raises:
+        InputError: another number of processes, or settings, data or reward code that differ and may not.
+    """
     record = read_json(folder / RECORD)
     if record["processes"] != processes:
-        raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to go on, found {processes}")
+        raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to resume, found {processes}")
     bound = [name for name in IN_THE_STATE if record["settings"].get(name) != getattr(settings, name)]
     if bound:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
-    if settings.reward_source() != record["reward_source"] and not settings.allow_changed_settings:
-        raise InputError(
-            f"{folder}: the reward's code has changed since ({', '.join(record['reward_source'])}; --allow_changed_settings=true resumes all the same)"
-        )
+    source = settings.reward_source()
+    code = [name for name in record["reward_source"] | source if record["reward_source"].get(name) != source.get(name)]
+    changes = [f"the reward's code has changed since ({', '.join(code)})"] if code else []
     for name in ("dataset_path", "dev_prompt_path"):
         path = getattr(settings, name)
-        if Path(path).is_file() and file_digest(path) != record["data"].get(name) and not settings.allow_changed_settings:
-            raise InputError(f"{folder}: {path} has changed since (--allow_changed_settings=true resumes all the same)")
-    changed = [
+        if Path(path).is_file() and file_digest(path) != record["data"].get(name):
+            changes.append(f"{path} has changed since")
+    harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
+    changes += [
         f"{name} was {record['settings'].get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
-        if name not in HARMLESS and record["settings"].get(name) != value
+        if name not in harmless and record["settings"].get(name) != value
     ]
-    if changed and not settings.allow_changed_settings:
-        raise InputError(f"{folder}: {'; '.join(changed)} (--allow_changed_settings=true resumes all the same)")
+    if changes and not settings.allow_changed_settings:
+        raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
+    if changes:
+        print(f"{folder}: resumes although {'; '.join(changes)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

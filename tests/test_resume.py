@@ -129,6 +129,42 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
     assert broken.returncode == 2 and "tiny_step_2: cannot be resumed from" in broken.stderr
 
 
+def test_what_may_change_is_said(rows_file, tmp_path, capsys):
+    """More steps extend a run without a schedule; whatever else is allowed to change is named, the reward's code too."""
+    from dataclasses import asdict
+
+    from parts.errors import InputError
+    from parts.files import file_digest
+    from parts.ppo_state import check_settings
+    from run_ppo import PPOSettings
+
+    def settings(**changes) -> PPOSettings:
+        return PPOSettings(model_name="m", dataset_path=str(rows_file), dev_prompt_path=str(rows_file), overall_steps=6, **changes)
+
+    def record(first: PPOSettings, source: dict) -> None:
+        data = dict.fromkeys(("dataset_path", "dev_prompt_path"), file_digest(rows_file))
+        content = {"processes": 1, "settings": asdict(first), "reward_source": source, "data": data}
+        (tmp_path / "training_record.json").write_text(json.dumps(content), encoding="utf-8")
+
+    record(settings(), settings().reward_source())
+    longer = settings()
+    longer.overall_steps = 8
+    check_settings(tmp_path, longer, 1)
+    assert capsys.readouterr().out == ""
+
+    scheduled = settings(use_optimizer_setup=True)
+    record(scheduled, scheduled.reward_source())
+    scheduled.overall_steps = 8
+    with pytest.raises(InputError, match="overall_steps was 6 and is 8"):
+        check_settings(tmp_path, scheduled, 1)
+
+    record(settings(), {"reward_model.py": "other code"})
+    with pytest.raises(InputError, match=r"the reward's code has changed since \(reward_model.py\); seed was 42 and is 7 \(--allow"):
+        check_settings(tmp_path, settings(seed=7), 1)
+    check_settings(tmp_path, settings(seed=7, allow_changed_settings=True), 1)
+    assert "resumes although the reward's code has changed since (reward_model.py); seed was 42 and is 7" in capsys.readouterr().out
+
+
 def test_old_checkpoints_make_room(tiny_model, left_alone, tmp_path):
     done = run_script(*words(tiny_model, left_alone / "rows.json", tmp_path / "tiny", save_freq=1, save_total_limit=2, ppo_epochs=1))
     assert done.returncode == 0, done.stderr

@@ -256,6 +256,21 @@ def test_any_response_has_a_value(full_reward, response, length, repetition):
         )
 
 
+def test_a_formula_sees_only_what_is_in_use(full_reward):
+    """So a sum, say, is right without knowing which switches are off."""
+
+    class Sum(ReversedEngineeredRewardForInference):
+        def compose(self, row):
+            return sum(self.in_use(row).values())
+
+    batch = {"response": ["a b c a b c"]}  # LI 0.06, RP 3 / 4
+    assert Sum("alpaca", repetition_penalty=True).get_reward(batch) == [pytest.approx(0.81)]
+    assert Sum("alpaca", length_incentive=False, repetition_penalty=True).get_reward(batch) == [pytest.approx(0.75)]
+    row = {"length": 0.5, "repetition": 0.75, "query_relevance": 2.0, "reference_relevance": 7.0}
+    assert full_reward.in_use({**row, "branch": "OPENENDED"}) == {"length": 0.5, "repetition": 0.75, "query_relevance": 2.0}
+    assert full_reward.in_use({**row, "branch": "CONSTRAINED"}) == {"repetition": 0.75, "reference_relevance": pytest.approx(10.24)}
+
+
 def test_no_rows_have_no_rewards(full_reward):
     table = full_reward.score({name: [] for name in BATCH})
     assert table["total"] == [] and table["query_relevance"] == []
