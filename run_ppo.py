@@ -68,6 +68,7 @@ class PPOSettings(RewardSettings):
 
     dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True)
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
+    dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
     output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", path=True)
     logging_dir: str = setting("", "logs; empty means <output_dir>/logs", path=True)
     log_with: str = setting(
@@ -215,7 +216,8 @@ def main() -> None:
     template = load_template(settings.chat_template_name, tokenizer)
     limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
     read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
-    prompts, dev_prompts = read(settings.dataset_path, against=[settings.dev_prompt_path]), read(settings.dev_prompt_path)
+    prompts = read(settings.dataset_path, against=[settings.dev_prompt_path])
+    dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
 
     # 3. Policy, reference (the policy with its adapter disabled), value head, optimizer: TRL's trainer. Then the reward.
     import torch

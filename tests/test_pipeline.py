@@ -257,9 +257,11 @@ def test_an_unknown_key_in_a_configuration_file(tiny_model, rows_file, tmp_path)
 
 def test_long_prompts_can_be_dropped(tiny_model, tmp_path):
     rows = broken(tmp_path / "rows.json", json.dumps([*ROWS, {"input": "word " * 300, "output": "x", "qtype": "OPENENDED"}]))
-    done = run_script(*ppo_words(tiny_model, rows, tmp_path / "tiny", overall_steps=1, long_prompts="drop"))
+    done = run_script(*ppo_words(tiny_model, rows, tmp_path / "tiny", overall_steps=1, long_prompts="drop", dev_prompts=2))
     assert done.returncode == 0, done.stderr
     assert "1 of 7 rows dropped, their prompts have 512 tokens or more" in done.stdout
+    kept = json.loads((tmp_path / "tiny_step_1" / "development_rollouts.json").read_text(encoding="utf-8"))
+    assert [row["input"] for row in kept] == [row["input"] for row in ROWS[:2]]
 
 
 @pytest.mark.parametrize(
