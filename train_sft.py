@@ -4,10 +4,9 @@
     accelerate launch --num_processes 8 --config_file configs/zero2-bf16.yaml train_sft.py ...     # GPUs, DeepSpeed ZeRO-2
     accelerate launch --config_file configs/zero2-bf16-cpu.yaml train_sft.py ...                   # two processes on a CPU
 
-A backbone with short answers, for the demo on a CPU (five minutes on one core with bf16 instructions):
+A backbone with short answers, for the demo on a CPU (two and a half minutes on one core with bf16 instructions):
 
-    python train_sft.py --model_name=models/SmolLM2-135M-Instruct --chat_template_name=tokenizer --dataset_path=data/train.json \\
-        --heldout_path=data/dev.json --answer_words=24 --epochs=2.25 --learning_rate=5e-4 --output_dir=outputs/demo_sft
+    python train_sft.py --config configs/demo_sft.yaml
 
 Each row is a prompt in the template and its answer, which ends with the tokenizer's end of sequence. The loss is the mean cross-entropy
 over the answers' tokens; the prompts' tokens are read and not learnt. LoRA on all linear layers is trained and then added to the weights;
