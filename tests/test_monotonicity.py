@@ -279,7 +279,9 @@ def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
 
 
 def test_a_design_in_symbols():
-    for name, switches in all_designs().items():
+    paper = ProxySettings(repetition_penalty=True, relevance_scaling=True, reward_branching=True).switched_on
+    assert len(all_designs(paper)) == 16
+    for name, switches in all_designs(paper).items():
         assert design_name(ProxySettings(**switches)) == name
     assert design_name(RewardSettings(length_target=60, rouge_l=True)) == "LI (target 60) * rouge_l"
     assert design_name(RewardSettings(reward_function="my.py:score")) == "my.py:score"

@@ -40,7 +40,7 @@ def trained(tiny_model, tmp_path_factory) -> Path:
     launcher = (*ACCELERATE, "--config_file", "configs/cpu.yaml")
     done = run_script(*ppo_words(tiny_model, folder / "rows.json", folder / "tiny", log_with="tensorboard"), launcher=launcher)
     assert done.returncode == 0, done.stderr
-    assert "step 3: reward" in done.stdout + done.stderr  # sample rollouts
+    assert "step 3, one sample: reward" in done.stdout + done.stderr  # sample rollouts
     return folder
 
 
