@@ -103,13 +103,17 @@ def commands(cell: Cell) -> list[list[str]]:
     resume = ["--resume_from_checkpoint=auto"] if checkpoints_of(cell.run) else []
     points = [f"{cell.run}_step_{step}" for step in settings.steps] or [f"{cell.run}_step_*"]
     half = "bfloat16" if settings.bf16 else "float32"
+
+    def ours(name: str) -> str:
+        return os.path.relpath(REPOSITORY / name)
+
     return [
-        ["accelerate", "launch", "--config_file", "configs/cpu.yaml", "run_ppo.py", "--config", settings.ppo_config, f"--seed={cell.seed}",
+        ["accelerate", "launch", "--config_file", ours("configs/cpu.yaml"), ours("run_ppo.py"), "--config", settings.ppo_config, f"--seed={cell.seed}",
          f"--exp_name={cell.name}", f"--output_dir={cell.run}", f"--bf16={str(settings.bf16).lower()}", *reward, *resume],
-        ["python", "evaluation.py", f"--base_model_name={ppo['model_name']}", "--peft_model_name", *points,
+        ["python", ours("evaluation.py"), f"--base_model_name={ppo['model_name']}", "--peft_model_name", *points,
          f"--data_path={settings.data_path}", f"--max_new_tokens={ppo['output_max_length']}", "--batch_size=64",
          "--common_draws=true", f"--dtype={half}"],
-        ["python", "eval_monotonicity.py", f"--output_dir={settings.output_dir}", f"--model_prefix={cell.name}", "--include_start=true",
+        ["python", ours("eval_monotonicity.py"), f"--output_dir={settings.output_dir}", f"--model_prefix={cell.name}", "--include_start=true",
          "--gold_model", *settings.gold_model, f"--gold_dtype={half}", "--batch_size=32"],
     ]  # fmt: skip
 
@@ -122,7 +126,7 @@ def run_cell(cell: Cell, threads: int) -> None:
     typed = commands(cell)
     for words in typed:
         with log.open("a", encoding="utf-8") as console:
-            done = subprocess.run(words, cwd=REPOSITORY, env=os.environ | places, stdout=console, stderr=console)
+            done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
         if done.returncode:
             raise InputError(f"{cell.name}: {words[0]} ended with {done.returncode}; its console is {log}")
     keep(cell, typed)
@@ -162,8 +166,8 @@ def summarise(kept: Sequence[dict]) -> list[dict]:
 
     Returns:
         Entries with "design", "seeds", and for "proxy", each gold, "tax" (ROUGE-L of CONSTRAINED answers to their references): "mean" over
-        seeds, "over_prompts" (standard error over prompts of the mean over seeds) and "over_seeds" (standard error over seeds, None of
-        one); "spearman" by gold, as `parts.rank_statistics.together`, of one seed as well; "last": means over seeds of the last
+        seeds, "over_prompts" (standard error over prompts of the mean over seeds) and "over_seeds" (standard error over seeds), None
+        of one; "spearman" by gold, as `parts.rank_statistics.together`, of one seed as well; "last": means over seeds of the last
         checkpoint's KL, tokens, EOS rate and features, and "first" of the first.
     """
     entries = []
@@ -186,13 +190,17 @@ def summarise(kept: Sequence[dict]) -> list[dict]:
         ]
         entry = {"design": design, "seeds": [cell["cell"]["seed"] for cell in cells], "spearman": together(runs)}
         for name, values in gained.items():
-            over_seeds = float(sem(values.mean(axis=1))) if len(values) > 1 else None
-            entry[name] = {"mean": float(values.mean()), "over_prompts": float(sem(values.mean(axis=0))), "over_seeds": over_seeds}
+            errors = {"over_prompts": _standard_error(values.mean(axis=0)), "over_seeds": _standard_error(values.mean(axis=1))}
+            entry[name] = {"mean": float(values.mean()), **errors}
         for end, place in (("first", 0), ("last", -1)):
             rows = [{**cell["curve"][place], "eos_rate": list(cell["eos_rate"].values())[place]} for cell in cells]
             entry[end] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name not in ("step", "rows")}
         entries.append(entry)
     return entries
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    return float(sem(values)) if len(values) > 1 else None
 
 
 def _ends(table: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -206,13 +214,13 @@ def table(entries: Sequence[dict]) -> str:
     golds = list(entries[0]["spearman"])
 
     def gain(value: dict, digits: int = 2) -> str:
-        seeds = "" if value["over_seeds"] is None else f"; {value['over_seeds']:.{digits}f}"
-        return f"{value['mean']:+.{digits}f} ({value['over_prompts']:.{digits}f}{seeds})"
+        errors = [f"{error:.{digits}f}" for error in (value["over_prompts"], value["over_seeds"]) if error is not None]
+        return f"{value['mean']:+.{digits}f} ({'; '.join(errors)})"
 
     def rho(value: dict) -> str:
         if value["mean"] is None:
             return "undefined"
-        error = "" if value["standard_error"] is None or len(value["runs"]) < 2 else f" ({value['standard_error']:.2f})"
+        error = "" if value["standard_error"] is None else f" ({value['standard_error']:.2f})"
         return f"{value['mean']:+.2f}{error}, p {value['pvalue']:.2g}"
 
     heads = ["design", "seeds", "proxy gain", *(f"{name} gain" for name in golds), *(f"SpearmanR {name}" for name in golds),
