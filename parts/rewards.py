@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -124,20 +125,92 @@ class FunctionReward:
         return table
 
 
+ENSEMBLES = ("mean", "wco", "uwo")
+
+
+def ensemble_total(scores: Sequence[Sequence[float]], how: str, coefficient: float) -> list[float]:
+    """One reward a row from the [members][rows] scores of an ensemble.
+
+    "mean" of the members; "wco", worst-case optimisation, the lowest; "uwo", uncertainty-weighted optimisation, the mean less `coefficient`
+    times the members' variance (over members, not of a sample). Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization".
+    """
+    rows = list(zip(*scores))
+    if how == "wco":
+        return [min(row) for row in rows]
+    return [statistics.fmean(row) - (coefficient * statistics.pvariance(row) if how == "uwo" else 0.0) for row in rows]
+
+
 class LearnedReward:
-    """A learned reward model as a reward: the gold stage's models, with `score` for the logs."""
+    """A learned reward model, or an ensemble of them, as a reward: the gold stage's models, with `score` for the logs.
+
+    Args:
+        names: hub names, folders or adapter folders.
+        device: where they score; by default what `load_gold_reward_model` chooses.
+        batch_size: most rows per forward pass.
+        ensemble, coefficient: how several become one, as `ensemble_total` says.
+        offload: keep them in host memory, and on the device only one at a time, for its turn.
+    """
 
     required_columns = ["query", "response"]
 
-    def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: str | None,
+        batch_size: int,
+        ensemble: str = "mean",
+        coefficient: float = 0.0,
+        offload: bool = False,
+    ) -> None:
         from parts.gold_models import load_gold_reward_model
 
-        self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
+        self.ensemble = ensemble
+        self.coefficient = coefficient
+        self.offload = offload
+        self.members = {}
+        for column, name in member_columns(names).items():
+            self.members[column] = load_gold_reward_model(name, device=device, batch_size=batch_size)
+            self.device = self.members[column].model.device
+            self._move(column, "cpu")
 
     def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
         """One float a row."""
-        return self.model.get_reward(batch)
+        return self.score(batch)["total"]
 
     def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
-        """The one column "total"."""
-        return {"total": self.get_reward(batch)}
+        """The column "total"; of an ensemble each member's scores besides, by name, and "disagreement", their standard deviation a row."""
+        scores = {}
+        for column, model in self.members.items():
+            self._move(column, self.device)
+            scores[column] = model.get_reward(batch)
+            self._move(column, "cpu")
+        if len(scores) == 1:
+            return {"total": next(iter(scores.values()))}
+        rows = list(zip(*scores.values()))
+        total = ensemble_total(list(scores.values()), self.ensemble, self.coefficient)
+        return {**scores, "disagreement": [statistics.pstdev(row) for row in rows], "total": total}
+
+    def _move(self, column: str, device: object) -> None:
+        if self.offload:
+            self.members[column].model.to(device)
+
+
+def reward_name(settings: Mapping) -> str:
+    """The reward models of a run's settings in words: a name, or "uwo 0.1 of a, b"; empty where there is none.
+
+    Records of runs from before there were ensembles hold one text.
+    """
+    names = settings.get("reward_model_name") or []
+    names = [names] if isinstance(names, str) else names
+    how = settings.get("reward_ensemble", "mean")
+    how += f" {settings['uwo_coefficient']}" if how == "uwo" else ""
+    return f"{how} of {', '.join(names)}" if len(names) > 1 else "".join(names)
+
+
+def member_columns(names: Sequence[str]) -> dict[str, str]:
+    """A column for each member of an ensemble: the last part of its name, or all of it where that is another's or a column of ours."""
+    last = [Path(name).name for name in names]
+    return {
+        short if last.count(short) == 1 and short not in ("total", "disagreement", *TEXTS) else name: name
+        for short, name in zip(last, names)
+    }
