@@ -47,6 +47,7 @@ from parts.ppo_metrics import (
 )
 from parts.processes import StopRequest, leave_processes
 from parts.rewards import reward_batch
+from parts.rows import QTYPES
 from parts.runs import provenance
 from reward_model import RewardSettings
 
@@ -101,6 +102,8 @@ class PPOSettings(RewardSettings):
     gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's", least=1)
     ppo_epochs: int = setting(4, "passes over each batch of rollouts", least=1)
     learning_rate: float = setting(1e-5, "learning rate", above=0)
+    value_learning_rate: float = setting(0.0, "learning rate of the value head; 0 means learning_rate", least=0)
+    value_warmup_steps: int = setting(0, "train the value head alone for the first so many of overall_steps", least=0)
     use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
     warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
     bf16: bool = setting(
@@ -122,6 +125,9 @@ class PPOSettings(RewardSettings):
     target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
 
     reward_baseline: float = setting(0.0, "subtracted from every reward")
+    score_norm_by_qtype: bool = setting(
+        False, "normalise rewards by the running mean and deviation of their query type, not of all rewards"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +139,12 @@ class PPOSettings(RewardSettings):
             )
         if self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2:
             raise InputError("--batch_size is 1 on one process, expected at least 2: rewards are normalised by their deviation")
+        if self.value_warmup_steps >= self.overall_steps:
+            raise InputError(f"--value_warmup_steps is {self.value_warmup_steps}, expected fewer than overall_steps = {self.overall_steps}")
+
+    @property
+    def dataset_fields(self) -> dict[str, tuple[str, ...] | None]:
+        return super().dataset_fields | ({"qtype": QTYPES} if self.score_norm_by_qtype else {})
 
 
 # ------------------------------------------------------------------------------------------- reward, evaluation, start
@@ -260,12 +272,20 @@ def main() -> None:
         rewards = [total - settings.reward_baseline for total in columns["total"]]
 
         # 7. The PPO step, TRL's own.
-        stats = trainer.step(queries, [torch.tensor(response) for response in responses], [torch.tensor(reward) for reward in rewards])
+        qtypes = [prompt.qtype for prompt in batch]
+        stats = trainer.step(
+            queries,
+            [torch.tensor(response) for response in responses],
+            [torch.tensor(reward) for reward in rewards],
+            qtypes=qtypes if settings.score_norm_by_qtype else None,
+        )
         require_finite_step(scalars(stats), step)
+        if step == settings.value_warmup_steps:
+            ppo_state.begin_policy(trainer, settings.init_kl_coef)
 
         # 8. Metrics. They are logged before the checkpoint is saved: whoever resumes from it has its step's numbers.
         columns |= length_columns(responses, ended, settings.output_max_length)
-        means = reward_metrics(moments(columns, [prompt.qtype for prompt in batch], of_all_processes=True), start)
+        means = reward_metrics(moments(columns, qtypes, of_all_processes=True), start)
         last = step == settings.overall_steps
         scheduled = last or step % settings.save_freq == 0
         dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, decoding) if scheduled else (None, {})

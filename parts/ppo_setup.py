@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
 from parts.cpu_speed import use_onednn
@@ -86,9 +88,28 @@ def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithV
 
 
 def optimizer_setup(settings, policy: AutoModelForCausalLMWithValueHead, world_size: int) -> dict:
-    """AdamW and its schedule as arguments of `PPOTrainer`; nothing, that is TRL's constant Adam, without the flag."""
-    if not settings.use_optimizer_setup:
+    """Optimizer and schedule as arguments of `PPOTrainer`; nothing, that is TRL's constant Adam, where no setting asks for more.
+
+    Where the value head has settings of its own, the policy is the first group of weights and the head the second.
+    """
+    own_head = settings.value_learning_rate or settings.value_warmup_steps
+    if not (settings.use_optimizer_setup or own_head):
         return {}
-    optimizer = torch.optim.AdamW((weight for weight in policy.parameters() if weight.requires_grad), lr=settings.learning_rate)
-    steps = settings.overall_steps * world_size  # a prepared scheduler moves once per process
-    return {"optimizer": optimizer, "lr_scheduler": get_linear_schedule_with_warmup(optimizer, round(settings.warmup_ratio * steps), steps)}
+    lora = [weight for weight in policy.pretrained_model.parameters() if weight.requires_grad]
+    head = list(policy.v_head.parameters())
+    head_group = {"params": head, "lr": settings.value_learning_rate or settings.learning_rate}
+    groups = [{"params": lora}, head_group] if own_head else [{"params": lora + head}]
+    optimizer = (torch.optim.AdamW if settings.use_optimizer_setup else torch.optim.Adam)(groups, lr=settings.learning_rate)
+    factors = [functools.partial(_rate_factor, settings, world_size, begin) for begin in (settings.value_warmup_steps, 0)]
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors[: len(groups)])}
+
+
+def _rate_factor(settings, world_size: int, begin: int, count: int) -> float:
+    """What multiplies a learning rate after `count` moves of the schedule: 0 before the PPO step `begin`, then 1, or with
+    `use_optimizer_setup` the linear warm-up and decay of transformers' `get_linear_schedule_with_warmup` over the steps left."""
+    moves = count - begin * world_size  # a prepared scheduler moves once per process
+    if moves < 0 or not settings.use_optimizer_setup:
+        return float(moves >= 0)
+    steps = (settings.overall_steps - begin) * world_size
+    rising = round(settings.warmup_ratio * steps)
+    return moves / max(1, rising) if moves < rising else max(0.0, (steps - moves) / max(1, steps - rising))

@@ -18,7 +18,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +35,8 @@ from parts.runs import RECORD, interrupted_path, provenance
 from parts.runs import checkpoints_of as folders_of
 
 if TYPE_CHECKING:
+    from trl.trainer import RunningMoments
+
     from parts.generation import Decoding
     from parts.ppo_metrics import Moments
     from parts.ppo_trainer import FastPPOTrainer
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
             "output_dir", "logging_dir", "exp_name", "embedding_cache"}  # fmt: skip
 # Settings whose old values come back with the optimiser, the schedule and the KL controller, or that shape the weights.
-IN_THE_STATE = ("learning_rate", "use_optimizer_setup", "warmup_ratio", "init_kl_coef", "lora_r", "lora_target_modules")
+IN_THE_STATE = ("learning_rate", "value_learning_rate", "value_warmup_steps", "use_optimizer_setup", "warmup_ratio", "init_kl_coef",
+                "lora_r", "lora_target_modules")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding
@@ -85,7 +88,9 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     record = read_json(folder / RECORD)
     if record["processes"] != processes:
         raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to resume, found {processes}")
-    bound = [name for name in IN_THE_STATE if record["settings"].get(name) != getattr(settings, name)]
+    # A setting that is younger than the checkpoint had its default.
+    before = {field.name: field.default for field in fields(settings) if field.default is not MISSING} | record["settings"]
+    bound = [name for name in IN_THE_STATE if before.get(name) != getattr(settings, name)]
     if bound:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
     source = settings.reward_source()
@@ -97,9 +102,9 @@ def check_settings(folder: Path, settings, processes: int) -> None:
             changes.append(f"{path} has changed since")
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
     changes += [
-        f"{name} was {record['settings'].get(name)!r} and is {value!r}"
+        f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
-        if name not in harmless and record["settings"].get(name) != value
+        if name not in harmless and before.get(name) != value
     ]
     if changes and not settings.allow_changed_settings:
         raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
@@ -249,6 +254,15 @@ def _card(record: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
+def begin_policy(trainer: FastPPOTrainer, init_kl_coef: float) -> None:
+    """After the value head's warm-up the policy begins as in a new run: its optimizer's moments and the KL coefficient are the first ones."""
+    optimizer, _ = _optimizer(trainer)
+    for weight in optimizer.param_groups[0]["params"]:
+        for value in optimizer.state[weight].values():
+            value.zero_()
+    trainer.kl_ctl.value = init_kl_coef
+
+
 def _optimizer(trainer: FastPPOTrainer) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
     """The optimiser that holds this process's moments, and the fp32 masters that DeepSpeed keeps besides (none elsewhere)."""
     optimizer = trainer.optimizer.optimizer
@@ -268,8 +282,8 @@ def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:
     for number, master in enumerate(masters):
         tensors[f"master/{number}"] = master.detach().cpu().clone().contiguous()
     running = {}
-    for name in ("mean", "std", "var", "count"):
-        value = getattr(trainer.running, name)
+    for name, moments, part in _running(trainer):
+        value = getattr(moments, part)
         if isinstance(value, torch.Tensor):
             tensors[f"running/{name}"] = value.detach().cpu().clone().reshape(())
         else:
@@ -288,6 +302,12 @@ def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:
         "python_generator": random.getstate(),
     }
     return tensors, facts
+
+
+def _running(trainer: FastPPOTrainer) -> list[tuple[str, RunningMoments, str]]:
+    """The running moments of all rewards and of each query type's: the name in a state, the object, its attribute."""
+    every = {"": trainer.running, **{f"{qtype}/": moments for qtype, moments in trainer.running_by_qtype.items()}}
+    return [(prefix + part, moments, part) for prefix, moments in every.items() for part in ("mean", "std", "var", "count")]
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -328,9 +348,11 @@ def load(trainer: FastPPOTrainer, folder: Path) -> dict:
     if trainer.lr_scheduler is not None:
         trainer.lr_scheduler.scheduler.load_state_dict(facts["schedule"])
     trainer.kl_ctl.value = facts["kl_coef"]
-    for name in ("mean", "std", "var", "count"):
-        value = tensors[f"running/{name}"].to(accelerator.device) if f"running/{name}" in tensors else facts["running"][name]
-        setattr(trainer.running, name, value)
+    for name, moments, part in _running(trainer):
+        if f"running/{name}" in tensors:
+            setattr(moments, part, tensors[f"running/{name}"].to(accelerator.device))
+        elif name in facts["running"]:  # a checkpoint from before there were moments of query types has none
+            setattr(moments, part, facts["running"][name])
 
     torch.set_rng_state(tensors["torch_generator"])
     if "cuda_generator" in tensors and torch.cuda.is_available():

@@ -34,11 +34,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
+from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
 from parts.cpu_speed import linear, short_sequences
 from parts.errors import InputError
 from parts.generation import Decoding, ready_to_sample, sample
+from parts.rows import QTYPES
 
 TOKENS_PER_PASS = 2048  # of passes without gradients, which keep no activations
 LOGITS_PER_CHUNK = 2**23  # fp32 numbers in memory at a time: 32 MiB
@@ -192,6 +194,7 @@ class FastPPOTrainer(PPOTrainer):
             warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
             super().__init__(config, model, *args, **kwargs)
         self.model_params = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.running_by_qtype = {qtype: RunningMoments(self.accelerator) for qtype in QTYPES}
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         if self.ref_model is not None:
             _teach_to_predict(self.accelerator.unwrap_model(self.ref_model))
@@ -251,6 +254,7 @@ class FastPPOTrainer(PPOTrainer):
         responses: list[torch.Tensor],
         scores: list[torch.Tensor],
         response_masks: list[torch.Tensor] | None = None,
+        qtypes: Sequence[str] | None = None,
     ) -> dict[str, object]:
         """One PPO step on a batch of rollouts: `ppo_epochs` passes in mini batches, then the KL coefficient moves.
 
@@ -258,6 +262,7 @@ class FastPPOTrainer(PPOTrainer):
             queries, responses: token ids, [time] each; a response has at least one.
             scores: one reward a response.
             response_masks: [response] each, 0 for response tokens that shall not count.
+            qtypes: a query type a response; each type's scores are normalised by the running moments of that type alone.
 
         Returns:
             TRL's statistics by TRL's names.
@@ -267,7 +272,7 @@ class FastPPOTrainer(PPOTrainer):
         queries, responses, scores, response_masks = self._step_safety_checker(
             config.batch_size, queries, responses, scores, response_masks
         )
-        scores = self._scaled(torch.tensor(scores, device=self.current_device))
+        scores = self._scaled(torch.tensor(scores, device=self.current_device), qtypes)
         sequences = _Sequences(
             [torch.cat(pair) for pair in zip(queries, responses)], [len(query) for query in queries], [len(text) for text in responses]
         )
@@ -326,22 +331,37 @@ class FastPPOTrainer(PPOTrainer):
             stats = self.gather_stats(stats)
         stats = convert_to_scalar(stats_to_np(stats))
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if len(self.optimizer.param_groups) > 1:
+            stats["ppo/value_learning_rate"] = self.optimizer.param_groups[1]["lr"]
+        for qtype, running in self.running_by_qtype.items() if qtypes else ():
+            stats |= {f"ppo/running_mean/{qtype}": float(running.mean), f"ppo/running_std/{qtype}": float(running.std)}
         timing["time/ppo/calc_stats"] = time.time() - clock
         self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return {**stats, **timing, "time/ppo/total": time.time() - started}
 
-    def _scaled(self, scores: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, scores: torch.Tensor, qtypes: Sequence[str] | None) -> torch.Tensor:
         """Scores over their running deviation, shifted by their running mean, and clipped, as the configuration says."""
         config = self.config
-        if config.use_score_scaling:
-            self.running.update(scores)
+        scores = scores.clone()
+        for running, rows in self._moments_in_use(qtypes) if config.use_score_scaling else ():
+            running.update(scores[rows])
             like = {"dtype": scores.dtype, "device": scores.device}
-            spread = self.running.std.to(**like) + torch.finfo(scores.dtype).eps
-            center = self.running.mean.to(**like) if config.use_score_norm else 0.0
-            scores = (scores - center) / spread
+            spread = running.std.to(**like) + torch.finfo(scores.dtype).eps if running.count > 1 else 1.0  # one score has no deviation
+            center = running.mean.to(**like) if config.use_score_norm else 0.0
+            scores[rows] = (scores[rows] - center) / spread
         return scores if config.score_clip is None else torch.clip(scores, -config.score_clip, config.score_clip)
+
+    def _moments_in_use(self, qtypes: Sequence[str] | None) -> list[tuple[RunningMoments, object]]:
+        """The running moments of a batch, with the rows that are theirs. Every rank gets the same ones, some perhaps without rows."""
+        if qtypes is None:
+            return [(self.running, slice(None))]
+        if unknown := set(qtypes) - set(self.running_by_qtype):
+            raise ValueError(f"unknown query types {unknown}, expected {' or '.join(self.running_by_qtype)}")
+        rows = torch.tensor([[own == qtype for own in qtypes] for qtype in self.running_by_qtype], device=self.current_device)
+        counts = self.accelerator.reduce(rows.sum(dim=1)).tolist()
+        return [found for *found, count in zip(self.running_by_qtype.values(), rows, counts) if count]
 
     def _forward_all(self, model: nn.Module, sequences: _Sequences) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and values of every response token, [batch, longest response], without gradients."""

@@ -210,6 +210,72 @@ def test_gradient_checkpointing_changes_no_number(tiny_model, rows_file, tmp_pat
     assert logs[0] == logs[1]
 
 
+def test_the_value_head_learns_first_and_at_its_own_rate(tiny_model, rows_file, tmp_path):
+    """One optimiser step a PPO step: Adam's first step moves each weight by the learning rate, whatever its gradient."""
+    words = ppo_words(tiny_model, rows_file, tmp_path / "tiny", save_freq=1, ppo_epochs=1, value_warmup_steps=2,
+                      value_learning_rate="5e-3", adap_kl_horizon=50)  # fmt: skip
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    adapters, heads = (
+        [load_file(tmp_path / f"tiny_step_{step}" / f"{name}.safetensors") for step in range(4)] for name in ("adapter_model", "value_head")
+    )
+    for name, start in adapters[0].items():
+        assert torch.equal(adapters[1][name], start) and torch.equal(adapters[2][name], start)
+        moved = (adapters[3][name] - start).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-3 if "lora_B" in name else 0.0), rtol=0.1, atol=1e-7)
+    moved = (heads[1]["summary.weight"] - heads[0]["summary.weight"]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 5e-3), rtol=1e-2, atol=0)
+    log = metrics(tmp_path / "tiny")
+    assert [row["objective/kl"] for row in log] == pytest.approx([0.0] * 3, abs=1e-5)
+    assert [row["objective/kl_coef"] for row in log] == pytest.approx([0.2, 0.2 * (1 - 0.2 * 4 / 50), 0.2])  # the policy's begins anew
+    assert [row["ppo/learning_rate"] for row in log] == [0.0, 1e-3, 1e-3]  # of the next step
+    assert [row["ppo/value_learning_rate"] for row in log] == [5e-3] * 3
+
+
+def test_two_groups_of_weights_change_no_number(trained, tiny_model, tmp_path):
+    done = run_script(*ppo_words(tiny_model, trained / "rows.json", tmp_path / "tiny", value_learning_rate="1e-3"))
+    assert done.returncode == 0, done.stderr
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "tiny_step_3" / name).read_bytes() == (trained / "tiny_step_3" / name).read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_schedules_of_policy_and_value_head(processes):
+    """Linear over six steps, two of them rising; the policy's over the four that follow the warm-up, one of them rising."""
+    from types import SimpleNamespace
+
+    from transformers import get_linear_schedule_with_warmup
+
+    from parts.ppo_setup import optimizer_setup
+
+    def rates(**changes) -> list[list[float]]:
+        settings = {"value_learning_rate": 0.0, "value_warmup_steps": 0, "use_optimizer_setup": True, "learning_rate": 1.0,
+                    "overall_steps": 6, "warmup_ratio": 0.3, **changes}  # fmt: skip
+        policy = torch.nn.ModuleDict({"pretrained_model": torch.nn.Linear(2, 2), "v_head": torch.nn.Linear(2, 1)})
+        policy.pretrained_model, policy.v_head = policy["pretrained_model"], policy["v_head"]
+        made = optimizer_setup(SimpleNamespace(**settings), policy, processes)
+        return rates_of(made["optimizer"], made["lr_scheduler"])
+
+    def rates_of(optimizer, schedule) -> list[list[float]]:
+        found = []
+        for _ in range(6):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            for _ in range(processes):
+                schedule.step()
+        return found
+
+    plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    theirs = rates_of(plain, get_linear_schedule_with_warmup(plain, round(0.3 * 6 * processes), 6 * processes))
+    assert rates() == theirs
+    both = rates(value_warmup_steps=2, value_learning_rate=10.0)
+    assert [head for _, head in both] == pytest.approx([10 * rate for (rate,) in theirs])
+    assert [rate for rate, _ in both] == pytest.approx([0, 0, 0, 1, 2 / 3, 1 / 3] if processes == 1 else [0, 0, 0, 1, 4 / 6, 2 / 6])
+    assert rates(value_warmup_steps=2, use_optimizer_setup=False) == [[0.0, 1.0]] * 2 + [[1.0, 1.0]] * 4
+
+
 def run_inside(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
     """A command line run in this process: its exit code and what it wrote to stderr."""
     import importlib
@@ -253,6 +319,13 @@ BAD_PPO = {
     "no reward model": ({"reward_model_name": "outputs/none"}, "outputs/none: no such folder"),
     "negative learning rate": ({"learning_rate": "-1"}, "--learning_rate is -1.0, expected more than 0"),
     "unreachable model": ({"model_name": "owner/unreachable"}, "owner/unreachable: cannot be loaded as a tokenizer"),
+    "negative value learning rate": ({"value_learning_rate": "-1"}, "--value_learning_rate is -1.0, expected at least 0"),
+    "negative warm-up": ({"value_warmup_steps": "-1"}, "--value_warmup_steps is -1, expected at least 0"),
+    "nothing but warm-up": ({"value_warmup_steps": "3"}, "--value_warmup_steps is 3, expected fewer than overall_steps = 3"),
+    "no qtype to normalise by": (
+        {"dev_prompt_path": '[{"input": "a"}]', "score_norm_by_qtype": "true"},
+        "bad.json: row 1: field 'qtype' is missing, expected OPENENDED or CONSTRAINED",
+    ),
     "unknown tracker": ({"log_with": "paper"}, "--log_with is 'paper', expected tensorboard, wandb, none"),
 }
 

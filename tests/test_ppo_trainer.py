@@ -148,6 +148,40 @@ def test_log_probabilities_and_their_gradient(monkeypatch, soft_cap):
     torch.testing.assert_close(entropies, -(probabilities * probabilities.log()).sum(-1))
 
 
+def test_scores_normalised_by_query_type(tiny_model):
+    """Each type by its own running moments: literal values, and TRL's own moments of the rows of that type alone."""
+    from trl.trainer import RunningMoments
+
+    trainer = make_trainer(FastPPOTrainer, tiny_model, score_clip=1.2)
+    scaled = trainer._scaled(torch.tensor([1.0, 10.0, 3.0, 30.0]), ["OPENENDED", "CONSTRAINED"] * 2)
+    half = 0.5**0.5  # means 2 and 20, deviations of two scores 2 ** 0.5 and 200 ** 0.5
+    torch.testing.assert_close(scaled, torch.tensor([-half, -half, half, half]))
+    scaled = trainer._scaled(torch.tensor([8.0, 4.0]), ["OPENENDED", "OPENENDED"])  # of 1, 3, 8 and 4: mean 4, variance 26 / 3
+    torch.testing.assert_close(scaled, torch.tensor([1.2, 0.0]))  # 4 / 2.94 is clipped
+    assert float(trainer.running_by_qtype["CONSTRAINED"].mean) == 20 and trainer.running.count < 1
+
+    trainer = make_trainer(FastPPOTrainer, tiny_model)
+    qtypes = ["CONSTRAINED"] + ["OPENENDED"] * (BATCH - 1)
+    stats = [trainer.step(*rollouts(step), qtypes=qtypes) for step in (0, 1)]
+    theirs = RunningMoments(trainer.accelerator)
+    for step in (0, 1):
+        theirs.update(torch.stack(rollouts(step)[2][1:]))
+        assert stats[step]["ppo/running_mean/OPENENDED"] == float(theirs.mean)
+        assert stats[step]["ppo/running_std/OPENENDED"] == float(theirs.std)
+    assert np.isfinite(stats[0]["ppo/mean_scores"])  # one score of a type has no deviation yet
+    with pytest.raises(ValueError, match=r"unknown query types \{None\}, expected OPENENDED or CONSTRAINED"):
+        trainer.step(*rollouts(2), qtypes=[None] * BATCH)
+
+
+def test_one_query_type_is_as_none(tiny_model):
+    plain, typed = (make_trainer(FastPPOTrainer, tiny_model) for _ in range(2))
+    for step in range(2):
+        for trainer, qtypes in ((plain, None), (typed, ["OPENENDED"] * BATCH)):
+            np.random.seed(step)
+            trainer.step(*rollouts(step), qtypes=qtypes)
+    assert all(torch.equal(weight, trained_weights(plain)[name]) for name, weight in trained_weights(typed).items())
+
+
 def test_a_loss_that_is_not_finite_leaves_the_weights(tiny_model):
     trainer = make_trainer(FastPPOTrainer, tiny_model, score_clip=None, use_score_scaling=False, use_score_norm=False)
     before = trained_weights(trainer)

@@ -24,8 +24,9 @@ MINILM = REPOSITORY / "models" / "all-MiniLM-L6-v2"
 
 
 def words(model: Path, rows: Path, output: Path, **more: object) -> list[str]:
-    """Every kind of state at once: schedule, adaptive KL, running moments, relevance; a step of some tenths of a second."""
+    """Every kind of state at once: schedules, groups, adaptive KL, running moments, relevance; a step of some tenths of a second."""
     settings = {"overall_steps": 6, "save_freq": 2, "ppo_epochs": 6, "use_optimizer_setup": "true", "warmup_ratio": 0.5,
+                "value_learning_rate": "5e-3", "value_warmup_steps": 3, "score_norm_by_qtype": "true",
                 "adap_kl_target": 0.1, "adap_kl_horizon": 50, "relevance_scaling": "true", "reward_branching": "true",
                 "relevance_model_name": MINILM, "resume_from_checkpoint": "auto", **more}  # fmt: skip
     return ppo_words(model, rows, output, **settings)
@@ -100,7 +101,7 @@ def test_a_checkpoint_says_what_it_is(left_alone, tiny_model):
     assert "| ppo_epochs | `6` |" in card
     state = load_file(left_alone / "tiny_step_4" / "trainer_state_rank0.safetensors")
     assert len([name for name in state if name.endswith("/exp_avg")]) == 10  # eight LoRA matrices and the value head's two
-    assert set(state) >= {"torch_generator", "running/mean", "running/std", "optimizer/0/step"}
+    assert set(state) >= {"torch_generator", "running/CONSTRAINED/mean", "running/OPENENDED/std", "optimizer/0/step"}
 
 
 def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_model, tmp_path):
@@ -108,9 +109,9 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
         shutil.copytree(left_alone / name, tmp_path / name)
     shutil.copytree(left_alone / "tiny", tmp_path / "tiny")
     rows = left_alone / "rows.json"
-    other = run_script(*words(tiny_model, rows, tmp_path / "tiny", learning_rate="2e-3"))
+    other = run_script(*words(tiny_model, rows, tmp_path / "tiny", learning_rate="2e-3", value_learning_rate=0))
     assert other.returncode == 2
-    assert "learning_rate cannot change within a run" in other.stderr
+    assert "learning_rate, value_learning_rate cannot change within a run" in other.stderr
     other = run_script(*words(tiny_model, rows, tmp_path / "tiny", ppo_epochs=2))
     assert other.returncode == 2
     assert "ppo_epochs was 6 and is 2" in other.stderr and "--allow_changed_settings=true" in other.stderr
@@ -157,6 +158,17 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys):
     scheduled.overall_steps = 8
     with pytest.raises(InputError, match="overall_steps was 6 and is 8"):
         check_settings(tmp_path, scheduled, 1)
+
+    record(settings(), settings().reward_source())
+    older = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8"))
+    for name in ("value_learning_rate", "value_warmup_steps", "score_norm_by_qtype"):
+        del older["settings"][name]  # as a checkpoint from before there were these settings
+    (tmp_path / "training_record.json").write_text(json.dumps(older), encoding="utf-8")
+    check_settings(tmp_path, settings(), 1)
+    with pytest.raises(InputError, match="value_warmup_steps cannot change within a run"):
+        check_settings(tmp_path, settings(value_warmup_steps=1), 1)
+    with pytest.raises(InputError, match="score_norm_by_qtype was False and is True"):
+        check_settings(tmp_path, settings(score_norm_by_qtype=True), 1)
 
     record(settings(), {"reward_model.py": "other code"})
     with pytest.raises(InputError, match=r"the reward's code has changed since \(reward_model.py\); seed was 42 and is 7 \(--allow"):
