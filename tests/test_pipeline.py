@@ -324,7 +324,7 @@ BAD_PPO = {
     "nothing but warm-up": ({"value_warmup_steps": "3"}, "--value_warmup_steps is 3, expected fewer than overall_steps = 3"),
     "no qtype to normalise by": (
         {"dev_prompt_path": '[{"input": "a"}]', "score_norm_by_qtype": "true"},
-        "bad.json: row 1: field 'qtype' is missing, expected OPENENDED or CONSTRAINED",
+        "bad.json: row 1: field 'qtype' is missing, expected text",
     ),
     "unknown tracker": ({"log_with": "paper"}, "--log_with is 'paper', expected tensorboard, wandb, none"),
 }
