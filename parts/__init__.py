@@ -17,6 +17,7 @@ floor 2, words, names, numbers
     chat_templates    prompts
     preferences       preference pairs to train a gold model on
     rank_statistics   SpearmanR and what surrounds it
+    scaling_fits      gold against the square root of KL, as Gao et al. fit it
     ppo_metrics       the numbers that PPO logs
 floor 3, what the stages are made of
     features          what a white-box feature is
@@ -31,7 +32,7 @@ floor 3, what the stages are made of
     comparison        runs of several designs in words
     bundled_models    models from packages, for machines without a hub
 floor 4, made of these
-    report            the lines, the figures and the pages of scored runs
+    figures           the figures of scored runs
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
@@ -40,6 +41,7 @@ floor 4, made of these
 floor 5, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO
+    report            the lines, the files and the pages of scored runs
     score_files       the scoring command
     annotators        what annotates rows: an API, a local model, a classifier
 """

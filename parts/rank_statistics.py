@@ -285,11 +285,16 @@ def _ends(run: ScoredRun) -> dict:
 def standard_gains(scores: np.ndarray) -> np.ndarray | None:
     """What each row gained since the first checkpoint, in standard deviations of the first checkpoint's scores.
 
-    Rewards of different scales can share an axis so. Returns [checkpoints, rows]; None where the first checkpoint's scores are all the
-    same, or a lone one.
+    Rewards of different scales can share an axis so. Returns [checkpoints, rows]; None where `start_spread` is.
     """
+    spread = start_spread(scores)
+    return None if spread is None else (scores - scores[0]) / spread
+
+
+def start_spread(scores: np.ndarray) -> float | None:
+    """The standard deviation of the first checkpoint's scores; None where they are all the same, or a lone one."""
     spread = scores[0].std(ddof=1) if scores.shape[1] > 1 else 0.0
-    return (scores - scores[0]) / spread if spread > 1e-12 * max(1.0, np.abs(scores[0]).max()) else None
+    return float(spread) if spread > 1e-12 * max(1.0, np.abs(scores[0]).max()) else None
 
 
 def table_text(rows: Sequence[Mapping], whole: Sequence[str] = ()) -> str:
