@@ -24,6 +24,7 @@ PROXY_STYLE = ("o-", "#0b6fb8")
 GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))
 DESIGN_COLORS = ("#6a3fb5", "#0a7f83", "#b0305c", "#7a6a00", "#3c5a80", "#8a4b1a")
 LINE_STYLES = ("o-", "s--", "^-.")
+FIT_STYLE = {"linewidth": 0.9, "linestyle": "-."}
 COLUMN_WIDTH = 3.4  # inches: a column of a two-column paper
 FIGURE_STYLE = {"font.size": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
 ROOT_KL = "√KL from the start (KL in nats)"
@@ -87,7 +88,7 @@ def lines_of(runs: Sequence[ScoredRun], best_of_n: Sequence[BestOfN] = ()) -> li
 
     Args:
         runs: at least one, with the same golds.
-        best_of_n: of designs that some run has; others are left out. Their proxies are in the first such run's standard deviations.
+        best_of_n: of the same golds, and of designs that some run has; others are left out. Their proxies are in the first such run's standard deviations.
     """
     lines = []
     for place, design in enumerate(dict.fromkeys(run.design for run in runs)):
@@ -102,11 +103,12 @@ def lines_of(runs: Sequence[ScoredRun], best_of_n: Sequence[BestOfN] = ()) -> li
             lines.append(Line(kind, run.name, label, run.steps, run.kl, gains, run.gold, fits, **styled))
         lines += [mean] if mean else []
         for choice in best_of_n:
-            if choice.design == design:
+            if choice.design == design and set(choice.gold) >= set(own[0].gold):
                 spread = start_spread(own[0].proxy)
                 gains = None if spread is None else (choice.proxy - choice.proxy[0]) / spread
-                fits = {name: fit_gains("best-of-n", choice.kl, scores - scores[0]) for name, scores in choice.gold.items()}
-                lines.append(Line("best-of-n", "best of n", f"best of n: {design}", None, choice.kl, gains, choice.gold, fits, **styled))
+                gold = {name: choice.gold[name] for name in own[0].gold}
+                fits = {name: fit_gains("best-of-n", choice.kl, scores - scores[0]) for name, scores in gold.items()}
+                lines.append(Line("best-of-n", "best of n", f"best of n: {design}", None, choice.kl, gains, gold, fits, **styled))
     return lines
 
 
@@ -170,11 +172,11 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
                 if turn is not None:
                     panel.axvline(positions[run.steps.index(turn)], color="0.35", linewidth=0.7, linestyle=":")
             if len(panels) > 1 and name in fits:
-                draw_fit(panels[1], fits[name], root_kl(run.kl), mean[0], "0.35")
+                draw_fit(panels[1], fits[name], root_kl(run.kl), mean[0], "0.35", f"fit {_formula('RL')}")
+                if fits[name].get("better"):
+                    panels[1].legend(frameon=False)
         for panel, label in zip(grid[-1], axes):
             panel.set_xlabel(label)
-        if len(axes) > 1 and any(fit.get("better") for fit in fits.values()):
-            grid[1, 1].set_title(f"grey: {_formula('RL')}", loc="left", fontsize=7)
         figure.suptitle(_title(run, labels), fontsize=8)
 
 
@@ -191,10 +193,13 @@ def draw_comparison(target: Path, runs: Sequence[ScoredRun], record: dict, best_
         record: goes into the PNG's metadata, as JSON under "Description".
         best_of_n: drawn against the square root of KL, beside the runs of the same design.
     """
+    from matplotlib.lines import Line2D
+
     lines, labels = lines_of(runs, best_of_n), last_parts(runs[0].gold)
     known = [line for line in lines if np.isfinite(root_kl(line.kl)).any()]
+    forms = dict.fromkeys(fit["form"] for line in known for fit in line.fits.values() if fit.get("better"))
     columns = 2 if known else 1
-    size = (2 * COLUMN_WIDTH, 0.6 + 0.14 * sum(line.label is not None for line in lines) + 1.5 * (1 + len(labels)))
+    size = (2 * COLUMN_WIDTH, 0.6 + 0.14 * (sum(line.label is not None for line in lines) + len(forms)) + 1.5 * (1 + len(labels)))
     with _figure(target, record, size, 1 + len(labels), columns, sharey=False) as (figure, grid):
         of_gold = ["" if len(labels) == 1 else f", {label}" for label in labels.values()]
         for panels, name, which in zip(grid, [None, *labels], ["", *of_gold]):
@@ -208,6 +213,7 @@ def draw_comparison(target: Path, runs: Sequence[ScoredRun], record: dict, best_
             without = [f"{line.name}{_these(without_kl(line), line.steps)}" for line in lines if line.kind != "mean" and without_kl(line)]
             grid[-1, 1].set_xlabel(ROOT_KL + (f"\nKL unknown or below 0: {', '.join(without)}" if without else ""))
         entries = {label: handle for panel in grid[1] for handle, label in zip(*panel.get_legend_handles_labels())}
+        entries |= {f"fit {_formula(form)}, where better than a straight line": Line2D([], [], **FIT_STYLE, color="0.35") for form in forms}
         figure.legend(entries.values(), entries, loc="outside lower left", frameon=False)
 
 
@@ -232,7 +238,7 @@ def _draw_one(panel, line: Line, gold: str | None, by_kl: bool) -> None:
         style, more["markerfacecolor"] = style[0] + ":", "white"
     draw_line(panel, positions, scores.mean(axis=1), band, style, color, **more)
     if gold and by_kl and gold in line.fits:
-        draw_fit(panel, line.fits[gold], positions, 0.0, color, f"{line.label}, fit {_formula(line.fits[gold]['form'])}")
+        draw_fit(panel, line.fits[gold], positions, 0.0, color)
 
 
 def _formula(form: str) -> str:
@@ -270,10 +276,10 @@ def draw_line(
 
 
 def draw_fit(panel, fit: Mapping, d: np.ndarray, start: float, color: str, label: str = "") -> None:
-    """A fit of `scaling_fits` to points at `d`, as a thin line from `start`, the gold at KL 0; nothing where a straight line says as much."""
+    """A fit of `scaling_fits` to points at `d`, as a thin broken line from `start`, the gold at KL 0; nothing where a straight line says as much."""
     if fit.get("better"):
         reach = np.linspace(0, max(np.nanmax(d), fit["peak"] or 0), 100)
-        panel.plot(reach, start + predicted(fit, reach), color=color, linewidth=0.9, linestyle=(0, (1, 1)), label=label)
+        panel.plot(reach, start + predicted(fit, reach), **FIT_STYLE, color=color, label=label)
 
 
 def quieten(panel) -> None:

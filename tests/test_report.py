@@ -16,8 +16,10 @@ from lxml import html
 from PIL import Image
 
 from parts.comparison import comparison_table, sentences
+from parts.figures import BestOfN, draw, draw_comparison, lines_of
+from parts.files import read_json
 from parts.rank_statistics import ScoredRun, compare
-from parts.report import draw, draw_comparison, embedded_json, print_comparison, write_report
+from parts.report import embedded_json, print_comparison, print_run, write_comparison, write_report, write_run, write_together
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
@@ -160,7 +162,7 @@ def test_the_page(tmp_path):
     assert texts(page, "//#table/tbody/tr[last()]/*")[:6] == ["15", "6.150", "4.35", "7.150", "6.300", "–"]
     assert texts(page, "//#table/tbody/tr[last()]/*")[7:] == ["4.000", "22"]
     assert find(page, "//#table//th")[0].get("aria-sort") == "ascending"
-    assert texts(page, "//#axis//button") == ["PPO step", "KL", "proxy"]
+    assert texts(page, "//#axis//button") == ["PPO step", "√KL", "proxy"]
     assert texts(page, "//#panels//.key") == ["proxy", "gold"] and len(find(page, "//#panels//.band")) == 2
     assert "Mean proxy against PPO step: step 0 0.000, step 5 2.050" in find(page, "//#panels//*[name()='svg']")[0].get("aria-label")
     assert texts(page, "//#multiples//.key") == ["length", "reference relevance", "bleu", "response length"]
@@ -183,7 +185,7 @@ def test_state_is_in_the_address(tmp_path):
     assert texts(page, "//#status") == ["22 prompts, 1 to 20 shown, by gold at step 10, highest first"]
     assert texts(page, "//#table/tbody//th") == ["0", "5", "10", "15"]
     assert find(page, "//#table//th")[2].get("aria-sort") == "descending"
-    assert find(page, "//#axis//button[@aria-pressed='true']")[0].text_content() == "KL"
+    assert find(page, "//#axis//button[@aria-pressed='true']")[0].text_content() == "√KL"
     page = look(path, "sort=disagreement&order=asc&qtype=CONSTRAINED&q=ANSWER&by=gold")
     assert texts(page, "//#prompts//h3")[:2] == ["Prompt 2", "Prompt 6"]  # prompt 4's responses are no answers
     assert texts(page, "//mark")[0] == "answer" and texts(page, "//#status")[0].startswith("10 prompts of 22, 1 to 10 shown")
@@ -298,16 +300,26 @@ def test_the_figure(tmp_path, monkeypatch):
         assert image.width == 1020  # 3.4 inches at 300 dpi
         assert json.loads(image.text["Description"]) == RECORD
     assert figure.get_suptitle() == "tiny: SpearmanR −1.00 over 4 checkpoints"
-    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "PPO step", "KL from the start (nats)"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "PPO step", "√KL from the start (KL in nats)"]
     assert [axis.get_title(loc="left") for axis in figure.axes][::2] == ["mean proxy reward", "mean gold reward, its peak dotted"]
     proxy_by_kl = figure.axes[1].lines[0]
-    assert proxy_by_kl.get_xdata().tolist() == [0, 1.25, 1.5, 4] and proxy_by_kl.get_ydata() == pytest.approx([0, 4.1, 2.05, 6.15])
+    assert proxy_by_kl.get_xdata() == pytest.approx([0, 1.25**0.5, 1.5**0.5, 2]) and proxy_by_kl.get_ydata() == pytest.approx(
+        [0, 4.1, 2.05, 6.15]
+    )
     assert figure.axes[2].lines[0].get_color() == "#c2570c" and all(len(axis.collections) == 1 for axis in figure.axes)
+
+
+def test_the_figure_without_the_kl_of_some_steps(tmp_path, monkeypatch):
+    run = scored_run()
+    run.kl[:3] = [0.0, None, -0.1]
+    figure = figure_of(monkeypatch, tmp_path / "monotonicity.png", run)
+    assert figure.axes[3].get_xlabel() == "√KL from the start (KL in nats)\nwithout step 5, 10: KL unknown or below 0"
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [0, 2] and len(figure.axes[0].lines[0].get_xdata()) == 4
 
 
 def test_the_figure_of_two_golds_without_kl(tmp_path, monkeypatch):
     run = scored_run(golds=("owner/one", "owner/two"), means_only=True)
-    run.kl[2] = None
+    run.kl[:] = [None] * 4
     run.found["owner/two"].update(spearman=None, turning_point=None)
     figure = figure_of(monkeypatch, tmp_path / "monotonicity.png", run)
     assert figure.get_suptitle() == "tiny, SpearmanR over 4 checkpoints\none −1.00, two undefined"
@@ -408,14 +420,117 @@ def test_the_figure_of_designs(tmp_path, monkeypatch):
     figure = figure_of(monkeypatch, tmp_path / "monotonicity.png", runs, draw_comparison)
     with Image.open(tmp_path / "monotonicity.png") as image:
         assert image.width == 2040 and json.loads(image.text["Description"]) == RECORD
-    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "PPO step", "KL from the start (nats); not known of full <i>run"]
-    titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles[::2] == ["proxy gain since its first checkpoint (standard deviations)", "mean gold reward"]
-    assert [len(axis.lines) for axis in figure.axes] == [len(axis.collections) for axis in figure.axes] == [2, 1, 2, 1]
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "", "", "PPO step", "√KL from the start (KL in nats)\nKL unknown or below 0: full <i>run at step 5",
+    ]  # fmt: skip
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "proxy gain (standard deviations)", "proxy gain (standard deviations)", "mean gold reward", "gold gain since the first checkpoint",
+    ]  # fmt: skip
+    assert [len(axis.lines) for axis in figure.axes] == [len(axis.collections) for axis in figure.axes] == [2, 2, 2, 2]
+    assert figure.axes[3].lines[1].get_xdata() == pytest.approx([0, 1.25**0.5, 2])
+    assert figure.axes[3].lines[0].get_ydata() == pytest.approx([0, -4.1, -2.05, -6.15])
     spread = np.arange(ROWS).std(ddof=1)
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(np.array([0, 2.05, 4.1, 6.15]) / spread)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["li: LI", "full <i>run: LI * <b>RP</b>"]
     assert len({line.get_color() for line in figure.axes[2].lines}) == 2
+
+
+def five_checkpoints(name: str, bend: float, shift: float = 0.0, design: str = "LI") -> ScoredRun:
+    """Gold gains d (1 - bend * log d) on every prompt, d = 0, 0.5, 1, 2 and 3; the proxy starts at the prompt's number and gains d."""
+    run, d = scored_run(name), np.array([[0.0], [0.5], [1.0], [2.0], [3.0]])
+    gained = d * (1 + shift - bend * np.log(np.where(d == 0, 1, d)))
+    more = {"steps": [0, 5, 10, 15, 20], "responses": [run.responses[0]] * 5, "tokens": run.tokens[[0] * 5], "components": {}}
+    return replace(run, proxy=np.arange(ROWS) + d, gold={"owner/gold": np.arange(ROWS) + gained}, kl=(d[:, 0] ** 2).tolist(),
+                   design=design, **more)  # fmt: skip
+
+
+def best_of_n() -> BestOfN:
+    """Gold gains d (1 - d / 3), d = 0, 0.5, 1, 1.5 and 2: highest at d = 1.5."""
+    d = np.array([[0.0], [0.5], [1.0], [1.5], [2.0]])
+    return BestOfN("LI", (d[:, 0] ** 2).tolist(), np.arange(ROWS) / 2 + d, {"owner/gold": np.ones(ROWS) + d * (1 - d / 3)})
+
+
+def test_the_lines_of_seeds_and_of_best_of_n():
+    seeds = [five_checkpoints("one", 0.5), five_checkpoints("two", 0.5, 0.2)]
+    seeds[1].steps[:] = [0, 5, 10, 15, 25]  # the last checkpoint is another
+    lines = lines_of([*seeds, five_checkpoints("alone", 0.0, design="RP")], [best_of_n(), replace(best_of_n(), design="QR")])
+    assert [(line.kind, line.label, line.color) for line in lines] == [
+        ("seed", None, 0), ("seed", None, 0), ("mean", "mean of 2 seeds: LI", 0), ("best-of-n", "best of n: LI", 0), ("run", "alone: RP", 1),
+    ]  # fmt: skip
+    assert [line.has_band for line in lines] == [False, False, False, True, True]
+    mean, choice, alone = lines[2:]
+    assert mean.steps == [0, 5, 10, 15] and mean.kl == [0, 0.25, 1, 4]
+    np.testing.assert_allclose((mean.gold["owner/gold"] - np.arange(ROWS))[:, 0], [0, 0.55 + 0.25 * np.log(2), 1.1, 2.2 - np.log(2)])
+    assert mean.fits["owner/gold"]["reason"].startswith("3 points of a KL above 0")
+    spread = np.arange(ROWS).std(ddof=1)  # of the run's proxy: best-of-n's own start is half as wide
+    np.testing.assert_allclose(choice.proxy[:, 3] * spread, [0, 0.5, 1, 1.5, 2])
+    assert choice.fits["owner/gold"]["peak"] == pytest.approx(1.5) and not alone.fits["owner/gold"]["better"]
+    seeds[1].instructions[0] = "Another question"
+    assert lines_of(seeds)[2].gold["owner/gold"].shape == (4, 1)  # other prompts: the mean of their means
+    seeds[1].steps[:] = [30, 35, 40, 45, 50]
+    assert [line.label for line in lines_of(seeds)] == ["one: LI", "two: LI"]
+
+
+def test_the_figure_of_seeds_beside_best_of_n(tmp_path, monkeypatch):
+    runs = [five_checkpoints("one", 0.5), five_checkpoints("two", 0.5, 0.2)]
+    figure = figure_of(monkeypatch, tmp_path / "monotonicity.png", runs, lambda *words: draw_comparison(*words, [best_of_n()]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "mean of 2 seeds: LI", "best of n: LI",
+        "fit d (α − β log d), where better than a straight line", "fit d (α − β d), where better than a straight line",
+    ]  # fmt: skip
+    assert [len(axis.lines) for axis in figure.axes] == [3, 4, 3, 6]  # best-of-n has no step; by KL two fits of gold
+    by_kl = figure.axes[3].lines
+    assert [line.get_linewidth() for line in by_kl] == [0.5, 0.5, 1.2, 0.9, 1.2, 0.9]
+    assert by_kl[2].get_ydata() == pytest.approx([0, 0.55 + 0.25 * np.log(2), 1.1, 2.2 - np.log(2), 3.3 - 1.5 * np.log(3)])
+    assert by_kl[3].get_xdata()[[0, -1]] == pytest.approx([0, 3]) and by_kl[3].get_ydata()[-1] == pytest.approx(3.3 - 1.5 * np.log(3))
+
+
+def test_the_fits_in_the_files_and_on_the_console(tmp_path, capsys):
+    runs = [five_checkpoints("one", 0.5), five_checkpoints("two", 0.5, 0.2), five_checkpoints("alone", 0.75, design="RP")]
+    write_run(tmp_path / "alone", runs[2], RECORD)
+    fit = read_json(tmp_path / "alone" / "monotonicity.json")["scaling"]["owner/gold"]
+    assert (fit["form"], fit["alpha"], fit["beta"]) == ("RL", pytest.approx(1), pytest.approx(0.75))
+    assert fit["peak"] == pytest.approx(np.exp(1 / 0.75 - 1)) and fit["better"] is True
+    print_run(runs[2])
+    assert "alpha 1.000 (SE 0.000), beta 0.750 (SE 0.000), 4 points; better than a straight line by AIC" in capsys.readouterr().out
+    write_together(tmp_path / "seeds", runs[:2], {}, RECORD)
+    assert list(read_json(tmp_path / "seeds" / "monotonicity.json")["scaling"]) == ["mean of 2 seeds: LI"]
+    write_comparison(tmp_path / "designs", runs, compare(runs), {}, RECORD, [best_of_n()])
+    fits = read_json(tmp_path / "designs" / "monotonicity.json")["scaling"]
+    assert list(fits) == ["mean of 2 seeds: LI", "best of n: LI", "alone: RP"]
+    assert fits["best of n: LI"]["owner/gold"]["peak"] == pytest.approx(1.5)
+    assert (tmp_path / "seeds" / "monotonicity.png").is_file() and (tmp_path / "designs" / "monotonicity.png").is_file()
+
+
+@needs_chromium
+def test_the_fits_on_the_page(tmp_path):
+    runs = [five_checkpoints("one", 0.5), five_checkpoints("two", 0.5, 0.2), five_checkpoints("alone", 0.75, design="RP")]
+    path = tmp_path / "report.html"
+    write_report(path, runs, None, RECORD, compare(runs), [best_of_n()])
+    page = look(path, "along=kl&x=kl&run=alone")
+    assert texts(page, "//#legend/li") == ["mean of 2 seeds: LI", "best of n: LI", "alone: RP"]
+    assert texts(page, "//#beside//figcaption") == ["Proxy gain, in standard deviations", "Gold, gain since the first checkpoint"]
+    proxy, gold = find(page, "//#beside//*[name()='svg']")
+    assert len(find(proxy, "//.fit")) == 0 and len(find(gold, "//.fit")) == 3 and len(find(gold, "//.line")) == 5
+    assert "best of n: √KL 0.00 0.00, √KL 0.50 0.42, √KL 1.00 0.67, √KL 1.50 0.75" in gold.get("aria-label")
+    assert "Seeds of a design are thin lines about their mean." in texts(page, "//#beside-note")[0]
+    assert "gold is predicted to peak at d = 1.40" in texts(page, "//#answers//.note")[0]
+    assert len(find(page, "//#panels//.fit")) == 1 and "Dotted is the form" in texts(page, "//#curves-note")[0]
+    page = look(path)
+    assert len(find(page, "//.fit")) == 0 and [len(find(each, "//.line")) for each in find(page, "//#beside//*[name()='svg']")] == [4, 4]
+
+
+@needs_chromium
+def test_the_page_without_the_kl_of_a_step(tmp_path):
+    runs = two_designs()
+    runs[0].kl[1] = -0.1
+    path = tmp_path / "report.html"
+    write_report(path, runs, None, RECORD, compare(runs))
+    page = look(path, "along=kl&x=kl")
+    assert texts(page, "//#axis//button") == ["PPO step", "proxy"]
+    assert "The KL at step 5 is unknown or below 0" in texts(page, "//#curves-note")[0]
+    assert "The KL of li at step 5 is unknown or below 0." in texts(page, "//#beside-note")[0]
+    assert len(find(page, "//#beside//.dot")) == 14  # three of li and four of the other, twice
 
 
 @needs_chromium
@@ -434,12 +549,12 @@ def test_the_page_of_designs(tmp_path):
     assert texts(page, "//#said/li")[0] == (
         "LI: the proxy rises by 6.15 (14 SE) and gold falls by 6.15 (14 SE): the policy over-optimises the proxy."
     )
-    assert texts(page, "//#along/button[@aria-pressed='true']") == ["KL"]
+    assert texts(page, "//#along/button[@aria-pressed='true']") == ["√KL"]
     assert texts(page, "//#legend/li") == ["li: LI", "full <i>run: LI * <b>RP</b>"]
-    assert texts(page, "//#beside//figcaption") == ["Proxy gain, in standard deviations", "Mean gold"]
+    assert texts(page, "//#beside//figcaption") == ["Proxy gain, in standard deviations", "Gold, gain since the first checkpoint"]
     gold = find(page, "//#beside//*[name()='svg']")[1]
     assert len(find(gold, "//.line")) == len(find(gold, "//.band")) == 2
-    assert "li: step 0 10.50, step 5 8.45" in gold.get("aria-label") and "against KL" in gold.get("aria-label")
+    assert "li: step 0 0.00, step 5 −2.05" in gold.get("aria-label") and "against square root of KL" in gold.get("aria-label")
     # The rollouts: both runs at the last step that they share.
     first = find(page, "//article[@data-row='1']")[0]
     assert texts(first, "//.response/header/h4") == ["liLI", "full <i>runLI * <b>RP</b>"]
