@@ -88,7 +88,8 @@ def lines_of(runs: Sequence[ScoredRun], best_of_n: Sequence[BestOfN] = ()) -> li
 
     Args:
         runs: at least one, with the same golds.
-        best_of_n: of the same golds, and of designs that some run has; others are left out. Their proxies are in the first such run's standard deviations.
+        best_of_n: of the same golds, and of designs that some run has; others are left out. Their proxies are in the first such run's
+            standard deviations.
     """
     lines = []
     for place, design in enumerate(dict.fromkeys(run.design for run in runs)):
@@ -159,7 +160,7 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
         rows.append((name, "gold reward" if len(labels) == 1 else f"gold reward, {labels[name]}", scores, style))
     axes: dict[str, Sequence[float]] = {"PPO step": run.steps}
     without = without_kl(run)
-    if len(without) < len(run.steps):
+    if len(without) < len(run.steps) - 1:
         axes[ROOT_KL + (f"\nwithout step {', '.join(map(str, without))}: KL unknown or below 0" if without else "")] = root_kl(run.kl)
     fits = fit_golds(run.steps, run.kl, run.gold)
     with _figure(target, record, (COLUMN_WIDTH, 0.5 + 1.05 * len(rows)), len(rows), len(axes), sharey="row") as (figure, grid):
@@ -169,7 +170,7 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
             panels[0].set_title(f"mean {label}" + (", its peak dotted" if turn is not None else ""), color=color, loc="left", fontsize=7)
             for panel, positions in zip(panels, axes.values()):
                 draw_line(panel, positions, mean, band, line, color)
-                if turn is not None:
+                if turn is not None and np.isfinite(positions[run.steps.index(turn)]):
                     panel.axvline(positions[run.steps.index(turn)], color="0.35", linewidth=0.7, linestyle=":")
             if len(panels) > 1 and name in fits:
                 draw_fit(panels[1], fits[name], root_kl(run.kl), mean[0], "0.35", f"fit {_formula('RL')}")
@@ -196,7 +197,7 @@ def draw_comparison(target: Path, runs: Sequence[ScoredRun], record: dict, best_
     from matplotlib.lines import Line2D
 
     lines, labels = lines_of(runs, best_of_n), last_parts(runs[0].gold)
-    known = [line for line in lines if np.isfinite(root_kl(line.kl)).any()]
+    known = [line for line in lines if np.isfinite(root_kl(line.kl)).sum() > 1]
     forms = dict.fromkeys(fit["form"] for line in known for fit in line.fits.values() if fit.get("better"))
     columns = 2 if known else 1
     size = (2 * COLUMN_WIDTH, 0.6 + 0.14 * (sum(line.label is not None for line in lines) + len(forms)) + 1.5 * (1 + len(labels)))
