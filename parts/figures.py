@@ -18,7 +18,7 @@ import numpy as np
 from parts.comparison import last_parts
 from parts.files import atomic_path
 from parts.rank_statistics import ScoredRun, curve_band, standard_gains, start_spread
-from parts.scaling_fits import FORMULAS, fit_gains, fit_golds, predicted, root_kl
+from parts.scaling_fits import FORMULAS, fit_gains, fit_golds, fitted_line, root_kl
 
 PROXY_STYLE = ("o-", "#0b6fb8")
 GOLD_STYLES = (("s--", "#c2570c"), ("^-.", "#1f6f4f"))
@@ -173,7 +173,7 @@ def draw(target: Path, run: ScoredRun, record: dict) -> None:
                 if turn is not None and np.isfinite(positions[run.steps.index(turn)]):
                     panel.axvline(positions[run.steps.index(turn)], color="0.35", linewidth=0.7, linestyle=":")
             if len(panels) > 1 and name in fits:
-                draw_fit(panels[1], fits[name], root_kl(run.kl), mean[0], "0.35", f"fit {_formula('RL')}")
+                draw_fit(panels[1], fitted_line(fits[name], run.kl, mean[0]), "0.35", f"fit {_formula('RL')}")
                 if fits[name].get("better"):
                     panels[1].legend(frameon=False)
         for panel, label in zip(grid[-1], axes):
@@ -239,7 +239,7 @@ def _draw_one(panel, line: Line, gold: str | None, by_kl: bool) -> None:
         style, more["markerfacecolor"] = style[0] + ":", "white"
     draw_line(panel, positions, scores.mean(axis=1), band, style, color, **more)
     if gold and by_kl and gold in line.fits:
-        draw_fit(panel, line.fits[gold], positions, 0.0, color)
+        draw_fit(panel, fitted_line(line.fits[gold], line.kl), color)
 
 
 def _formula(form: str) -> str:
@@ -276,11 +276,10 @@ def draw_line(
     panel.plot(x[order], mean[order], line, color=color, label=label, **{"linewidth": 1.2, "markersize": 3.2, **more})
 
 
-def draw_fit(panel, fit: Mapping, d: np.ndarray, start: float, color: str, label: str = "") -> None:
-    """A fit of `scaling_fits` to points at `d`, as a thin broken line from `start`, the gold at KL 0; nothing where a straight line says as much."""
-    if fit.get("better"):
-        reach = np.linspace(0, max(np.nanmax(d), fit["peak"] or 0), 100)
-        panel.plot(reach, start + predicted(fit, reach), **FIT_STYLE, color=color, label=label)
+def draw_fit(panel, line: np.ndarray | None, color: str, label: str = "") -> None:
+    """What `scaling_fits.fitted_line` gives, as a thin broken line."""
+    if line is not None:
+        panel.plot(*line, **FIT_STYLE, color=color, label=label)
 
 
 def quieten(panel) -> None:

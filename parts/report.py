@@ -21,7 +21,7 @@ from parts.comparison import comparison_table, last_parts, sentences
 from parts.figures import BestOfN, Line, draw, draw_comparison, lines_of, without_kl
 from parts.files import REPOSITORY, atomic_path, write_json
 from parts.rank_statistics import EXACT_UP_TO, ScoredRun, curve, curve_band, gains, spearman, table_text
-from parts.scaling_fits import describe_fit, fit_golds, predicted, root_kl
+from parts.scaling_fits import describe_fit, fit_golds, fitted_line, root_kl
 
 # ------------------------------------------------------------------------------------------------------------ the console
 
@@ -231,7 +231,7 @@ def _summary(run: ScoredRun) -> dict:
                 "label": labels[name],
                 "found": _plain(run.found.get(name, {})),
                 "says": describe_fit(fits[name]),
-                "fit": _fitted(fits[name], run.kl, scores[0].mean()),
+                "fit": _plain(fitted_line(fits[name], run.kl, scores[0].mean())),
                 **_curve(scores),
             }
             for name, scores in run.gold.items()
@@ -255,18 +255,10 @@ def _line(line: Line) -> dict:
         "rootKl": _plain(root_kl(line.kl)),
         "proxy": None if line.proxy is None else shown(line.proxy),
         "golds": [
-            {**shown(scores), "gains": shown(scores - scores[0]), "fit": _fitted(line.fits.get(name, {}), line.kl, 0.0)}
+            {**shown(scores), "gains": shown(scores - scores[0]), "fit": _plain(fitted_line(line.fits.get(name, {}), line.kl))}
             for name, scores in line.gold.items()
         ],
     }
-
-
-def _fitted(fit: dict, kl: Sequence[float | None], start: float) -> list[list[float]] | None:
-    """Points of a fit for a chart, [square root of KL, gold]; None where it is not drawn."""
-    if not fit.get("better"):
-        return None
-    d = np.linspace(0, np.nanmax(root_kl(kl)), 60)
-    return _plain(np.stack([d, start + predicted(fit, d)], axis=1))
 
 
 def _rollouts(run: ScoredRun) -> dict:

@@ -87,9 +87,20 @@ def fit_golds(steps: Sequence[int], kl: Sequence[float | None], gold: Mapping[st
     return {name: fit_gains("RL", kl, scores - scores[0]) for name, scores in gold.items()}
 
 
-def predicted(fit: dict, d: np.ndarray) -> np.ndarray:
+def predicted(fit: Mapping, d: np.ndarray) -> np.ndarray:
     """What gold gains at each d of [points], by a fit."""
     return _terms(fit["form"], d) @ [fit["alpha"], fit["beta"]]
+
+
+def fitted_line(fit: Mapping, kl: Sequence[float | None], start: float = 0.0) -> np.ndarray | None:
+    """A fit as [2, 100], d and `start` plus what gold gains there, from 0 to the largest d of `kl` or the predicted peak beyond it.
+
+    None where it is not to be drawn: there is no fit, or a straight line says as much.
+    """
+    if not fit.get("better"):
+        return None
+    d = np.linspace(0, max(np.nanmax(root_kl(kl)), fit["peak"] or 0), 100)
+    return np.stack([d, start + predicted(fit, d)])
 
 
 def describe_fit(fit: dict) -> str:

@@ -482,7 +482,8 @@ def test_the_figure_of_seeds_beside_best_of_n(tmp_path, monkeypatch):
     by_kl = figure.axes[3].lines
     assert [line.get_linewidth() for line in by_kl] == [0.5, 0.5, 1.2, 0.9, 1.2, 0.9]
     assert by_kl[2].get_ydata() == pytest.approx([0, 0.55 + 0.25 * np.log(2), 1.1, 2.2 - np.log(2), 3.3 - 1.5 * np.log(3)])
-    assert by_kl[3].get_xdata()[[0, -1]] == pytest.approx([0, 3]) and by_kl[3].get_ydata()[-1] == pytest.approx(3.3 - 1.5 * np.log(3))
+    peak = np.exp(1.1 / 0.5 - 1)  # 3.32: beyond d = 3, but near it
+    assert by_kl[3].get_xdata()[[0, -1]] == pytest.approx([0, peak]) and by_kl[3].get_ydata()[-1] == pytest.approx(0.5 * peak)
 
 
 def test_the_fits_in_the_files_and_on_the_console(tmp_path, capsys):
@@ -491,7 +492,7 @@ def test_the_fits_in_the_files_and_on_the_console(tmp_path, capsys):
     fit = read_json(tmp_path / "alone" / "monotonicity.json")["scaling"]["owner/gold"]
     assert (fit["form"], fit["alpha"], fit["beta"]) == ("RL", pytest.approx(1), pytest.approx(0.75))
     assert fit["peak"] == pytest.approx(np.exp(1 / 0.75 - 1)) and fit["better"] is True
-    print_run(runs[2])
+    print_run(replace(runs[2], found={"owner/gold": {"spearman": None}}))
     assert "alpha 1.000 (SE 0.000), beta 0.750 (SE 0.000), 4 points; better than a straight line by AIC" in capsys.readouterr().out
     write_together(tmp_path / "seeds", runs[:2], {}, RECORD)
     assert list(read_json(tmp_path / "seeds" / "monotonicity.json")["scaling"]) == ["mean of 2 seeds: LI"]

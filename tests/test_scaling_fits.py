@@ -96,7 +96,7 @@ def test_no_fit_without_points():
 def test_the_fits_of_checkpoints():
     gold = {"rm": curve("RL", ALPHAS, BETAS) + 7, "human": curve("RL", [[1.0]], [[0.3]]) - 1}
     fits = fit_golds([0, 4, 8, 12, 16], list(D**2), gold)
-    assert list(fits) == ["rm", "human"] and fits["rm"] == fit_gains("RL", D**2, curve("RL", ALPHAS, BETAS))
+    assert list(fits) == ["rm", "human"] and fits["rm"] == pytest.approx(fit_gains("RL", D**2, curve("RL", ALPHAS, BETAS)))
     assert fits["human"]["alpha"] == pytest.approx(1.0) and fits["human"]["alpha_standard_error"] is None
     fits = fit_golds([2, 4, 8, 12, 16], list(D**2), gold)
     assert fits["rm"] == {"form": "RL", "reason": "the start is not among the checkpoints (--include_start=true)"}
