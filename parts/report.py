@@ -255,7 +255,7 @@ def _line(line: Line) -> dict:
         "rootKl": _plain(root_kl(line.kl)),
         "proxy": None if line.proxy is None else shown(line.proxy),
         "golds": [
-            {**shown(scores), "gains": shown(scores - scores[0]), "fit": _plain(fitted_line(line.fits.get(name, {}), line.kl))}
+            {**shown(scores), "gains": {**shown(scores - scores[0]), "fit": _plain(fitted_line(line.fits.get(name, {}), line.kl))}}
             for name, scores in line.gold.items()
         ],
     }
