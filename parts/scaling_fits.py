@@ -1,6 +1,6 @@
 """Gold against the square root of KL: the forms of Gao et al. 2022, fitted where they say more than a straight line.
 
-Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", section 3: with d the square root of the KL from the
+Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization": with d the square root of the KL from the
 policy at the start and R(0) = 0, what gold gains is
 
     best-of-n   R(d) = d (alpha - beta d)         highest at d = alpha / (2 beta)

@@ -58,8 +58,8 @@ def test_a_peak_is_given_only_where_gold_was_measured_or_near():
 def test_the_form_has_to_be_better_than_a_line():
     """n log(RSS / n) + 2 k by hand: d = 1, 2, 3, 4 and gains of 1, 2, 3, 3.
 
-    Line: sum(d y) / sum(d d) = 26 / 30, RSS = 23 - 26 * 26 / 30 = 7 / 15. Parabola: sums of d^2, d^3, d^4 are 30, 100, 354 and those of
-    d y and d^2 y 26 and 84, so that R = 1.3 ... by Cramer (26 * 354 - 100 * 84) / 620 = 804 / 620 and (26 * 100 - 30 * 84) / 620 = 80 / 620.
+    Line: its slope is sum(d y) / sum(d d) = 26 / 30, its RSS 23 - 26 * 26 / 30 = 7 / 15. Parabola: d^2, d^3 and d^4 sum to 30, 100 and
+    354, d y and d^2 y to 26 and 84, so that Cramer's rule gives (26 * 354 - 100 * 84) / 620 and (26 * 100 - 30 * 84) / 620.
     """
     kl = [1.0, 4.0, 9.0, 16.0]
     fit = fit_gains("best-of-n", kl, np.array([[1.0], [2.0], [3.0], [3.0]]))
