@@ -4,10 +4,13 @@
     python evaluation.py --base_model_name=$MODEL_NAME --peft_model_name 'outputs/full_step_*' --evaluations alpaca superni
     accelerate launch --num_processes 4 evaluation.py ...      # rows shared out over four GPUs
     python evaluation.py ... --engine vllm                     # in an environment made with requirements/vllm.txt
+    python evaluation.py --base_model_name=$MODEL_NAME --num_samples=16 --temperature=1    # the base model itself, sixteen responses a row
 
-One response a row is drawn from the base model with a checkpoint's LoRA, as configs/decoding.yaml says. Output in each checkpoint's folder:
+Responses are drawn from the base model with a checkpoint's LoRA, as configs/decoding.yaml says. Output in each checkpoint's folder, that
+of the base model itself in <output_dir>/<its name>:
 
     alpaca-eval-<name>.json      a list of {dataset, instruction, output, generator, qtype}
+    samples-<name>.jsonl         with --num_samples: a line a row, with all of its responses; the file above holds the first ones
     superni-<name>.json          a list of {task, id, prediction, references, rouge_l, rouge_l_first, exact_match}
     <the same>.meta.json         how it was made, SuperNI's summary, and the comparison with --baseline_model_file
 
@@ -30,10 +33,11 @@ import yaml
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
-from parts.files import JsonLines, digest, file_digest, read_json, read_text, write_json
+from parts.files import digest, file_digest, read_text, write_json, write_json_lines
 from parts.models import check_device, check_model_name
+from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
-from parts.runs import Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, superni_path
+from parts.runs import BaseModel, Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, samples_path, superni_path
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -51,7 +55,12 @@ EVALUATIONS = ("alpaca", "superni")
 class EvaluationSettings(Settings):
     base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True)
     peft_model_name: list[str] = setting(
-        [], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them", path=True, required=True
+        [],
+        "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them; left out: the base model itself",
+        path=True,
+    )
+    output_dir: str = setting(
+        "outputs", "where the base model itself has a folder of its name for its rollouts; checkpoints have them in their own", path=True
     )
     cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
@@ -62,6 +71,7 @@ class EvaluationSettings(Settings):
     batch_size: int = setting(16, "prompts per generation batch", least=1)
     evaluations: list[str] = setting(["alpaca"], "what to run: alpaca, superni")
     data_path: str = setting("data/alpaca_eval.json", "instructions in the AlpacaEval schema", path=True)
+    num_samples: int = setting(1, "responses a row of the alpaca evaluation; more than one are in a file of their own too", least=1)
     superni_dir: str = setting("data/natural-instructions", "clone of allenai/natural-instructions", path=True)
     superni_tasks: list[str] = setting([], "task names; by default the test tasks of the default track")
     superni_instances: int = setting(100, "instances per task, the first ones", least=1)
@@ -89,6 +99,8 @@ class EvaluationSettings(Settings):
         unknown = [name for name in self.evaluations if name not in EVALUATIONS]
         if unknown:
             raise InputError(f"--evaluations holds {unknown[0]!r}, expected {' or '.join(EVALUATIONS)}")
+        if self.num_samples > 1 and "alpaca" not in self.evaluations:
+            raise InputError(f"--num_samples is {self.num_samples}, expected --evaluations alpaca with it")
 
 
 # ------------------------------------------------------------------------------------------------------------------ input
@@ -114,10 +126,21 @@ def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
         values |= {"max_new_tokens": settings.max_new_tokens} if settings.max_new_tokens else {}
         values |= {"temperature": settings.temperature} if settings.temperature >= 0 else {}
         values |= {"top_p": settings.top_p} if settings.top_p else {}
-        return Decoding(**values)
+        decoding = Decoding(**values)
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise InputError(f"{settings.decoding}: expected decoding settings under '{evaluation}' ({message})") from None
+    if evaluation == "alpaca" and settings.num_samples > 1 and decoding.temperature == 0:
+        raise InputError(f"--num_samples is {settings.num_samples} at temperature 0, expected a higher one: these would all be the same")
+    return decoding
+
+
+def read_checkpoints(settings: EvaluationSettings) -> list[Checkpoint]:
+    """What is rolled out: the adapters that are named, or the base model itself."""
+    if settings.peft_model_name:
+        return find_adapters(settings.peft_model_name)
+    name = Path(os.path.abspath(settings.base_model_name)).name
+    return [BaseModel(Path(settings.output_dir) / name, settings.base_model_name)]
 
 
 def read_instructions(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint]) -> list[dict]:
@@ -153,37 +176,6 @@ def read_baseline(settings: EvaluationSettings, checkpoints: Sequence[Checkpoint
 # ------------------------------------------------------------------------------------------------------------------- jobs
 
 
-@dataclass(frozen=True)
-class Job:
-    """One evaluation of one checkpoint: a file to write.
-
-    Args:
-        target: the file.
-        prompts: token ids by row.
-        stream: what has draws of its own, as in `generation.draw_key`.
-        fingerprint: of all that the responses depend on.
-    """
-
-    checkpoint: Checkpoint
-    evaluation: str
-    target: Path
-    template: ChatTemplate
-    prompts: list[list[int]]
-    decoding: Decoding
-    stream: str
-    fingerprint: str
-
-    def is_done(self) -> bool:
-        """Whether the target is there, made as it would be now, which is then said. Raises InputError where it was made otherwise."""
-        if not self.target.exists():
-            return False
-        meta = meta_path(self.target)
-        if not meta.is_file() or read_json(meta).get("fingerprint") != self.fingerprint:
-            raise InputError(f"{self.target}: exists already, made otherwise (--overwrite=true replaces it)")
-        print(f"{self.target}: is there already, made as it would be now")
-        return True
-
-
 def plan(
     settings: EvaluationSettings,
     checkpoints: Sequence[Checkpoint],
@@ -208,25 +200,38 @@ def plan(
     paths = {"alpaca": rollouts_path, "superni": superni_path}
     jobs = []
     for checkpoint in checkpoints:
-        files = (checkpoint.folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
-        weights = next((file for file in files if file.is_file()), None)
-        if weights is None:
-            raise InputError(f"{checkpoint.folder}: no adapter_model.safetensors, expected a checkpoint folder")
+        weights = digest_weights(checkpoint)
         template = templates[checkpoint]
         for evaluation in settings.evaluations:
             decoding = read_decoding(settings, evaluation)
             facts = {
                 "base": settings.base_model_name,
-                "adapter": [file_digest(weights), file_digest(checkpoint.folder / "adapter_config.json")],
+                "adapter": weights,
                 "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
                 "draws": [settings.seed, "common" if settings.common_draws else checkpoint.name],
                 "prompts": digest(prompts[evaluation, template.name]),
             }
-            target = paths[evaluation](checkpoint.folder)
+            files, count = {paths[evaluation](checkpoint.folder): digest(facts)}, 1
+            if evaluation == "alpaca" and settings.num_samples > 1:
+                count = settings.num_samples
+                files = {samples_path(checkpoint.folder): digest({**facts, "samples": count}), **files}
             stream = "" if settings.common_draws else checkpoint.name
-            jobs.append(Job(checkpoint, evaluation, target, template, prompts[evaluation, template.name], decoding, stream, digest(facts)))
+            jobs.append(Job(checkpoint, evaluation, files, template, prompts[evaluation, template.name], decoding, stream, count))
     return jobs
+
+
+def digest_weights(checkpoint: Checkpoint) -> list[str]:
+    """What tells a checkpoint's weights from others. Raises InputError for an adapter without any."""
+    if isinstance(checkpoint, BaseModel):
+        from parts.gold_models import weights_digest
+
+        return ["none", weights_digest(checkpoint.model, None)]
+    files = (checkpoint.folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
+    weights = next((file for file in files if file.is_file()), None)
+    if weights is None:
+        raise InputError(f"{checkpoint.folder}: no adapter_model.safetensors, expected a checkpoint folder")
+    return [file_digest(weights), file_digest(checkpoint.folder / "adapter_config.json")]
 
 
 # ------------------------------------------------------------------------------------------------------------- generation
@@ -240,60 +245,10 @@ def load_engine(
 
     if settings.engine == "vllm":
         longest = 2048 + max(job.decoding.max_new_tokens for job in jobs)
-        adapters = dict.fromkeys(str(job.checkpoint.folder) for job in jobs)
+        adapters = dict.fromkeys(job.checkpoint.adapter for job in jobs if job.checkpoint.adapter)
         return VLLMEngine(settings.base_model_name, tokenizer, list(adapters), longest, settings.dtype)
     own = f"cuda:{processes.local_process_index}" if device == "cuda" else device
     return HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None, settings.dtype)
-
-
-def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: PartialState) -> list[list[int]] | None:
-    """A response to each prompt: from the partial folder where it is known already, and generated where it is not.
-
-    Each process generates its share, and appends it to a file of its own.
-
-    Returns:
-        Token ids by prompt, on the main process; None on others.
-    """
-    folder, target, is_main = partial_path(job.target), job.target.name, processes.is_main_process
-    marker = folder / "fingerprint"
-    if is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == job.fingerprint):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        marker.write_text(job.fingerprint, encoding="utf-8")
-    processes.wait_for_everyone()
-    known = read_partial(folder)
-    processes.wait_for_everyone()
-    missing = [row for row in range(len(job.prompts)) if row not in known][processes.process_index :: processes.num_processes]
-    if is_main and known:
-        print(f"{target}: {len(known)} of {len(job.prompts)} rows are known from an earlier start")
-    if missing:
-        log = JsonLines(folder / f"rows_{processes.process_index}_{os.getpid()}.jsonl")
-
-        def finished(place: int, response: list[int]) -> None:
-            log.append([missing[place], response])
-
-        wanted = [job.prompts[row] for row in missing]
-        engine.generate(str(job.checkpoint.folder), wanted, job.decoding, seed, missing, finished, target if is_main else None, job.stream)
-    processes.wait_for_everyone()
-    if not is_main:
-        return None
-    known = read_partial(folder)
-    return [known[row] for row in range(len(job.prompts))]
-
-
-def read_partial(folder: Path) -> dict[int, list[int]]:
-    """Responses by row, from the files of a partial folder."""
-    return {row: response for path in sorted(folder.glob("rows_*.jsonl")) for row, response in JsonLines(path).read()}
-
-
-def alpaca_rows(data: list[dict], texts: list[str], generator: str) -> list[dict]:
-    """Rows in AlpacaEval's format."""
-    rows = []
-    for row, text in zip(data, texts):
-        kept = {"dataset": row.get("dataset", "unknown"), "instruction": row["instruction"]}
-        kind = {"qtype": row["qtype"]} if "qtype" in row else {}
-        rows.append({**kept, "output": text.strip(), "generator": generator, **kind})
-    return rows
 
 
 def write_rollouts(
@@ -304,36 +259,57 @@ def write_rollouts(
     instances: Sequence[Instance],
     engine: HFEngine | VLLMEngine,
 ) -> None:
-    """Write a job's file and the record of how it was made, print where it is, and remove its partial folder."""
+    """Write a job's files, each with the record of how it was made, print where they are, and remove the partial folder."""
+    for file, fingerprint in job.files.items():
+        # The AlpacaEval file beside one of several samples holds the first of each row.
+        own = responses if file == job.target else responses[: len(job.prompts)]
+        write_file(file, fingerprint, job, settings, own, data, instances, engine)
+    shutil.rmtree(partial_path(job.target), ignore_errors=True)
+
+
+def write_file(
+    file: Path,
+    fingerprint: str,
+    job: Job,
+    settings: EvaluationSettings,
+    responses: Sequence[list[int]],
+    data: Sequence[dict],
+    instances: Sequence[Instance],
+    engine: HFEngine | VLLMEngine,
+) -> None:
+    """Write one of a job's files and its record."""
     texts = engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    finished = [response[-1] == engine.tokenizer.eos_token_id for response in responses]
     record = provenance(
         seed=settings.seed,
         common_draws=settings.common_draws,
         dtype=engine.dtype,
         model=settings.base_model_name,
-        adapter=str(job.checkpoint.folder),
+        adapter=job.checkpoint.adapter,
         engine=engine.name,
         template=job.template.name,
         decoding=asdict(job.decoding),
         data_path=settings.data_path if job.evaluation == "alpaca" else settings.superni_dir,
         rows=len(job.prompts),
-        eos_rate=statistics.fmean(response[-1] == engine.tokenizer.eos_token_id for response in responses),
+        samples=len(responses) // len(job.prompts),
+        eos_rate=statistics.fmean(finished),
         response_tokens=statistics.fmean(map(len, responses)),
-        fingerprint=job.fingerprint,
+        fingerprint=fingerprint,
         settings=asdict(settings),
     )
     if job.evaluation == "alpaca":
-        rows = alpaca_rows(data, texts, job.checkpoint.name)
+        several = len(responses) > len(data)
+        rows = sample_rows(data, texts, finished, job.checkpoint.name) if several else alpaca_rows(data, texts, job.checkpoint.name)
     else:
         from parts.superni import describe_superni, summarise, superni_rows
 
         rows = superni_rows(instances, [text.strip() for text in texts])
         record["summary"] = summarise(instances, rows)
         print(describe_superni(record["summary"]))
-    write_json(meta_path(job.target), record)
-    write_json(job.target, rows)
-    shutil.rmtree(partial_path(job.target), ignore_errors=True)
-    print(job.target)
+    write_json(meta_path(file), record)
+    write = write_json_lines if file.suffix == ".jsonl" else write_json
+    write(file, rows)
+    print(file)
 
 
 # --------------------------------------------------------------------------------------------------------------- baseline
@@ -356,7 +332,7 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
         proxy = baseline.proxies[job.checkpoint]
         facts = proxy_facts(proxy, job.template, length)
         meta = job.checkpoint.meta
-        fingerprint = digest([facts, *files, file_digest(job.target)])
+        fingerprint = digest([facts, *files, file_digest(job.checkpoint.rollouts)])
         if meta.get("baseline", {}).get("fingerprint") == fingerprint:
             continue
         if digest(facts) not in rewards:
@@ -366,8 +342,11 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
             score(reward_batch(instructions, [row["output"] for row in rows], data)) for rows in (job.checkpoint.rows, baseline.rows)
         )
         found = compare_totals(ours, theirs)
-        write_json(meta_path(job.target), {**meta, "baseline": {**found, "file": settings.baseline_model_file, "fingerprint": fingerprint}})
-        print(f"{job.target} beside {settings.baseline_model_file}")
+        write_json(
+            meta_path(job.checkpoint.rollouts),
+            {**meta, "baseline": {**found, "file": settings.baseline_model_file, "fingerprint": fingerprint}},
+        )
+        print(f"{job.checkpoint.rollouts} beside {settings.baseline_model_file}")
         print(describe_comparison(found))
 
 
@@ -379,7 +358,7 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, description=__doc__)
 
     # 1. Everything a user can get wrong, before any model loads.
-    checkpoints = find_adapters(settings.peft_model_name)
+    checkpoints = read_checkpoints(settings)
     for evaluation in settings.evaluations:
         read_decoding(settings, evaluation)
     data, baseline, instances = [], None, []

@@ -36,6 +36,7 @@ floor 4, made of these
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
+    rollouts          rollouts as jobs: finished, resumed, written
     sft_data          rows for supervised fine-tuning
     qtype_classifier  query types told by a model
 floor 5, the largest

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,6 +118,12 @@ def write_json(path: str | Path, content: object) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[object]) -> None:
+    """Write one JSON value a line as UTF-8, atomically. NaN and infinity raise ValueError: they are not JSON."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 class JsonLines:

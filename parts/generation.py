@@ -66,9 +66,13 @@ def draw_key(seed: int, stream: str, row: int, sample: int = 0) -> np.ndarray:
     return np.array([zlib.crc32(stream.encode()) << 32 | seed, sample << 32 | row], dtype=np.uint64)
 
 
-def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int, stream: str = "", sample: int = 0) -> torch.Tensor:
-    """[rows, max_new_tokens] numbers in [0, 1). Each row's depend on its number and on seed, stream and sample (`draw_key`) alone."""
-    generators = [np.random.Generator(np.random.Philox(key=draw_key(seed, stream, row, sample))) for row in rows]
+def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int, stream: str = "", sample: int | Sequence[int] = 0) -> torch.Tensor:
+    """[rows, max_new_tokens] numbers in [0, 1). Each row's depend on its number and on seed, stream and sample (`draw_key`) alone.
+
+    `sample` is one number for all rows, or one each.
+    """
+    keys = zip(rows, np.broadcast_to(sample, len(rows)).tolist())
+    generators = [np.random.Generator(np.random.Philox(key=draw_key(seed, stream, row, number))) for row, number in keys]
     return torch.tensor(np.stack([generator.random(max_new_tokens) for generator in generators]))
 
 
@@ -193,8 +197,9 @@ def generate_responses(
     rows: Sequence[int] | None = None,
     finished: Callable[[int, list[int]], None] | None = None,
     stream: str = "",
+    samples: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Sample one response to each prompt. It depends on seed, stream and the row's number, not on the batch it is drawn in.
+    """Sample one response to each prompt. It depends on seed, stream and the numbers of row and sample, not on the batch it is drawn in.
 
     Args:
         model: a causal LM in eval mode.
@@ -205,17 +210,20 @@ def generate_responses(
         rows: the prompts' row numbers, where they are a part of some larger file; 0, 1, ... by default.
         finished: called with each prompt's place and response as soon as its batch is done.
         stream: what has draws of its own (`draw_key`).
+        samples: which of its row's samples each response is, where a row is drawn for more than once; 0 by default.
 
     Returns:
         Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
     """
     rows = list(range(len(prompts))) if rows is None else rows
+    samples = [0] * len(prompts) if samples is None else samples
     batch_size = most_rows(batch_size, next(model.parameters()).device)
     responses: list[list[int]] = [[] for _ in prompts]
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
         for places in batches_by_length(list(map(len, prompts)), batch_size, longest_first=True):
-            draws = row_draws(seed, [rows[place] for place in places], decoding.max_new_tokens, stream)
+            numbers = [rows[place] for place in places], [samples[place] for place in places]
+            draws = row_draws(seed, numbers[0], decoding.max_new_tokens, stream, numbers[1])
             found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
             for place, response in zip(places, found):
                 responses[place] = response
@@ -262,7 +270,7 @@ class HFEngine:
 
     def generate(
         self,
-        adapter: str,
+        adapter: str | None,
         prompts: Sequence[Sequence[int]],
         decoding: Decoding,
         seed: int,
@@ -270,14 +278,22 @@ class HFEngine:
         finished: Callable[[int, list[int]], None],
         description: str | None = None,
         stream: str = "",
+        samples: Sequence[int] | None = None,
     ) -> None:
-        """One response to each prompt from the base model with `adapter`, handed to `finished(place, token ids)` as it is done."""
+        """One response to each prompt, handed to `finished(place, token ids)` as it is done.
+
+        It is the base model's with `adapter`, or that of the base model itself where there is none.
+        """
         from peft import PeftModel
 
+        how = (decoding, self.batch_size, seed, description, rows, finished, stream, samples)
+        if adapter is None:
+            generate_responses(self.model, self.tokenizer, prompts, *how)
+            return
         with loading(adapter, f"an adapter of {self.name_or_path}"):
             model = PeftModel.from_pretrained(self.model, adapter).eval()
         try:
-            generate_responses(model, self.tokenizer, prompts, decoding, self.batch_size, seed, description, rows, finished, stream)
+            generate_responses(model, self.tokenizer, prompts, *how)
         finally:
             self.model = model.unload()
 
@@ -299,11 +315,11 @@ class VLLMEngine:
         except ImportError as error:
             raise InputError(f"--engine vllm: {error}; expected an environment made with requirements/vllm.txt") from None
         ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
-        rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
+        rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks, default=0))
         with loading(base, "a model for vLLM"):
             positions = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_length)
             length = min(max_length, positions)
-            self.engine = LLM(model=base, dtype=dtype or "auto", enable_lora=True, max_lora_rank=rank, max_model_len=length)
+            self.engine = LLM(model=base, dtype=dtype or "auto", enable_lora=bool(ranks), max_lora_rank=rank, max_model_len=length)
         self.tokenizer = tokenizer
         self.numbers = {adapter: number for number, adapter in enumerate(adapters, start=1)}
 
@@ -313,7 +329,7 @@ class VLLMEngine:
 
     def generate(
         self,
-        adapter: str,
+        adapter: str | None,
         prompts: Sequence[Sequence[int]],
         decoding: Decoding,
         seed: int,
@@ -321,24 +337,27 @@ class VLLMEngine:
         finished: Callable[[int, list[int]], None],
         description: str | None = None,
         stream: str = "",
+        samples: Sequence[int] | None = None,
     ) -> None:
         """As `HFEngine.generate`; vLLM batches by itself and shows its own progress bar."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
-        request = LoRARequest(f"adapter{self.numbers[adapter]}", self.numbers[adapter], str(Path(adapter).resolve()))
+        request = None
+        if adapter is not None:
+            request = LoRARequest(f"adapter{self.numbers[adapter]}", self.numbers[adapter], str(Path(adapter).resolve()))
         settings = [
             SamplingParams(
                 max_tokens=decoding.max_new_tokens,
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
                 top_k=decoding.top_k or -1,
-                seed=None if current_platform.is_cpu() else row_seed(seed, stream, row),
+                seed=None if current_platform.is_cpu() else row_seed(seed, stream, row, sample),
                 stop_token_ids=[self.tokenizer.eos_token_id],
                 skip_special_tokens=False,
             )
-            for row in rows
+            for row, sample in zip(rows, samples or [0] * len(rows))
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for place, output in enumerate(self.engine.generate(inputs, settings, lora_request=request, use_tqdm=description is not None)):

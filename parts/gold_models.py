@@ -156,11 +156,14 @@ class _GoldRewardModel(ABC):
         """[rows, time] ids and mask, padded on the right, to [rows] scores."""
 
 
-def weights_digest(name_or_path: str, model: PreTrainedModel) -> str:
-    """What tells one set of weights from another: a hub model's commit, a folder's files (an adapter's and its base's)."""
+def weights_digest(name_or_path: str, model: PreTrainedModel | None) -> str:
+    """What tells one set of weights from another: a hub model's commit, a folder's files (an adapter's and its base's).
+
+    The commit is the loaded model's; without `model` it is not known.
+    """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return str(getattr(model.config, "_commit_hash", None))
+        return str(getattr(getattr(model, "config", None), "_commit_hash", None))
     files = sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern))
     known = []
     for path in files:

@@ -4,10 +4,12 @@ A run is named by `--output_dir`, `outputs/full` for example. It leaves
 
     outputs/full_step_<k>/                           a checkpoint: an adapter and training_record.json (`parts.ppo_state`)
         alpaca-eval-full_step_<k>.json               its rollouts, from evaluation.py
+        samples-full_step_<k>.jsonl                  several rollouts of each row, from evaluation.py --num_samples
         superni-full_step_<k>.json                   its answers to Super-NaturalInstructions, from evaluation.py
-        <either>.meta.json                           how they were made
-        <either>.json.partial/                       the rows that an unfinished evaluation has so far, a file for each process
+        <any of them>.meta.json                      how they were made
+        <any of them>.partial/                       the rows that an unfinished evaluation has so far, a file for each process
         alpaca-eval-full_step_<k>.scores.jsonl       the rollouts' scores, from eval_monotonicity.py
+    outputs/<base model>/                            the rollouts of a base model itself, named as a checkpoint's
     outputs/full_interrupted/                        the state of a run that was stopped between two checkpoints
 
 No other module spells one of these names.
@@ -58,6 +60,11 @@ def rollouts_path(checkpoint: str | Path) -> Path:
     return _output_path(checkpoint, "alpaca-eval")
 
 
+def samples_path(checkpoint: str | Path) -> Path:
+    """The file of several rollouts of each of AlpacaEval's rows."""
+    return _output_path(checkpoint, "samples").with_suffix(".jsonl")
+
+
 def superni_path(checkpoint: str | Path) -> Path:
     """The file of a checkpoint's answers to Super-NaturalInstructions."""
     return _output_path(checkpoint, "superni")
@@ -91,6 +98,11 @@ class Checkpoint:
     """A checkpoint's folder, or any PEFT adapter's: what is in it is read when it is asked for."""
 
     folder: Path
+
+    @property
+    def adapter(self) -> str | None:
+        """What the base model is loaded with."""
+        return str(self.folder)
 
     @property
     def name(self) -> str:
@@ -135,6 +147,21 @@ class Checkpoint:
     def rows(self) -> list[dict]:
         """The rollouts in file order, read once. Raises InputError where they cannot be used."""
         return read_rows(self.rollouts, {"instruction": None, "output": None})
+
+
+@dataclass(frozen=True)
+class BaseModel(Checkpoint):
+    """A base model itself, without an adapter: its rollouts are in `folder`, its record (`train_sft.py`'s) is where the model is."""
+
+    model: str
+
+    @property
+    def adapter(self) -> None:
+        return None
+
+    @property
+    def record(self) -> dict:
+        return Checkpoint(Path(self.model)).record
 
 
 _STEP = re.compile(r"(.+)_step_(\d+)", re.DOTALL)
