@@ -12,33 +12,50 @@ run's own record, unless a flag says otherwise. Writes monotonicity.json, monoto
 Without any training, proxy designs against a leaderboard, on outputs of systems (rows of instruction and output):
 
     python eval_monotonicity.py --rollouts outputs/*.json --gold_scores leaderboard.csv --data_path data/alpaca_eval.json --all_designs=true
+
+And best-of-n, on several samples a row (`evaluation.py --num_samples`): what gold makes of the response that the proxy ranks first among n:
+
+    python eval_monotonicity.py --best_of_n outputs/sft/samples-sft.jsonl --gold_model owner/reward-model --all_designs=true
+    python eval_monotonicity.py --best_of_n outputs/sft/samples-sft.jsonl --write_best 16 best.json    # the best, for train_sft.py; no gold
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from nltk.tokenize import wordpunct_tokenize
 
+from parts.best_of_n_command import judge_best_of_n
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.cli import Settings, parse_settings, setting
-from parts.designs import all_designs, describe_designs, design_totals, rank_designs, ranked_systems, read_systems, shared_instructions
+from parts.designs import (
+    all_designs,
+    describe_designs,
+    design_name,
+    design_totals,
+    name_designs,
+    rank_designs,
+    ranked_systems,
+    read_systems,
+    reward_in_words,
+    shared_instructions,
+)  # fmt: skip
 from parts.errors import InputError, run_main
 from parts.files import digest, write_json
-from parts.gold_models import DEFAULT_GOLD, GoldSettings
+from parts.gold_models import DEFAULT_GOLD, GoldSettings, short_names
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import reward_batch, reward_name
 from parts.rows import match_rows
-from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable
-from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
-from reward_model import FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
+from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl
+from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
+from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
 
 
 @dataclass
@@ -57,10 +74,18 @@ class MonotonicitySettings(Settings):
     )
     gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold", path=True)
     rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard", path=True)
+    best_of_n: list[str] = setting(
+        [], "files of several samples a row (evaluation.py --num_samples), to judge what a proxy chooses among n of them", path=True
+    )
+    write_best: list[str] = setting(
+        [], "with --best_of_n: n and a new file, for the best of each row's first n samples as {input, output, qtype} rows"
+    )
     all_designs: bool = setting(
         False,
-        "with --rollouts: every on/off setting of the paper's four switches, and of others that flags turn on, in place of one design",
+        "with --rollouts or --best_of_n: every on/off setting of the paper's four switches, and of others that flags turn on, in place "
+        "of one design",
     )
+    designs: list[str] = setting([], "with --best_of_n: these of all designs, by their names in symbols: LI 'LI * RP' ...")
     chat_template_name: str = setting("", "template whose stop strings end a response; empty means the run's own, or alpaca")
     output_max_length: int = setting(0, "longest response in tokens, as the rescaling F uses it; 0 means the run's own, or 512", least=0)
     device: str = setting("", "device of the relevance encoder and the gold models; empty means the GPUs where there are any")
@@ -68,14 +93,38 @@ class MonotonicitySettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.rollouts) == bool(self.model_prefix):
-            raise InputError("--model_prefix is missing, expected the part of the checkpoints' names before _step_<k> (or else --rollouts)")
+        if not (self.rollouts or self.model_prefix or self.best_of_n):
+            raise InputError(
+                "--model_prefix is missing, expected the part of the checkpoints' names before _step_<k> (or else --rollouts, --best_of_n)"
+            )
+        if sum(map(bool, (self.rollouts, self.model_prefix, self.best_of_n))) > 1:
+            raise InputError("--model_prefix, --rollouts and --best_of_n are three questions, expected one of them")
         if self.rollouts and (not self.gold_scores or self.gold_model):
             raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
-        if self.all_designs and not self.rollouts:
-            raise InputError("--all_designs is for --rollouts; a run is judged by its own design")
-        if not (self.gold_model or self.gold_scores):
+        if self.all_designs and self.model_prefix:
+            raise InputError("--all_designs is for --rollouts and --best_of_n; a run is judged by its own design")
+        if (self.designs or self.write_best) and not self.best_of_n:
+            raise InputError("--designs and --write_best are for samples, expected --best_of_n FILE")
+        if self.best_of_n and self.gold_scores:
+            raise InputError("--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores")
+        if self.write_best:
+            self.check_write_best()
+        if not (self.gold_model or self.gold_scores or self.write_best):
             self.gold_model = [DEFAULT_GOLD]
+
+    @property
+    def every_design(self) -> bool:
+        """Whether the features of every design are scored."""
+        return self.all_designs or bool(self.designs)
+
+    def check_write_best(self) -> None:
+        words = self.write_best
+        if len(words) != 2 or not words[0].isdecimal() or int(words[0]) < 1:
+            raise InputError(f"--write_best is {' '.join(words)!r}, expected n and a file")
+        if len(self.best_of_n) != 1 or self.every_design:
+            raise InputError("--write_best takes what one design chooses of one file, expected flags of the proxy that say which design")
+        if Path(words[1]).exists():
+            raise InputError(f"--write_best: {words[1]} exists already, expected the name of a new file")
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -108,67 +157,14 @@ class Run:
     def design_in_words(self) -> str:
         """All that makes one design differ from another."""
         learned = reward_name(self.trained)
-        return _reward_in_words(self.proxy) + (f", trained against {learned}" if learned else "")
+        return reward_in_words(self.proxy) + (f", trained against {learned}" if learned else "")
 
     @property
     def own(self) -> bool:
         """Whether the record says that the run was trained on this proxy."""
         if not self.trained or self.trained.get("reward_model_name"):
             return False
-        return _reward_in_words(proxy_of_run(self.trained)) == _reward_in_words(self.proxy)
-
-
-def design_name(settings: ProxySettings) -> str:
-    """A design in symbols, as `parts.designs.all_designs` writes them: "LI * RP * relevance, branching".
-
-    `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
-    """
-    if named := getattr(settings, "named", ""):
-        return named
-    symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
-    target = f" (target {settings.length_target})" if settings.length_target else ""
-    parts = " * ".join(symbol + target if symbol == "LI" else symbol for symbol in symbols)
-    return (parts or "1") + (", branching" if settings.reward_branching else "")
-
-
-def _reward_in_words(settings: RewardSettings) -> str:
-    return settings.named or settings.design
-
-
-def name_designs(runs: Sequence[Run]) -> list[str]:
-    """The design of each run: in symbols, or in words where two designs would share their symbols (other encoders, for example)."""
-    symbols, in_words = [run.design for run in runs], [run.design_in_words for run in runs]
-    return symbols if len(set(symbols)) == len(set(in_words)) else in_words
-
-
-def choose_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Checkpoint]:
-    """The checkpoints of a run to compare, by step.
-
-    Raises:
-        InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts that were made otherwise: on
-            other instructions, or with other decoding settings.
-    """
-    parent = Path(settings.output_dir)
-    if not parent.is_dir():
-        raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
-    by_step = {point.step: point for point in checkpoints_of(parent / prefix)}
-    if not by_step:
-        raise InputError(f"{parent}: no folder {prefix}_step_<k>")
-    if settings.steps:
-        steps = sorted(set(settings.steps))
-        for step in steps:
-            if step not in by_step or not by_step[step].rollouts.is_file():
-                raise InputError(f"{parent}/{prefix}_step_{step}: no rollouts, expected them from evaluation.py")
-    else:
-        candidates = [step for step in by_step if step > 0 or settings.include_start]
-        steps = [step for step in candidates if by_step[step].rollouts.is_file()]
-        if without := [step for step in candidates if step not in steps]:
-            print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
-    if len(steps) < 3:
-        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
-    checkpoints = [by_step[step] for step in steps]
-    require_comparable(checkpoints)
-    return checkpoints
+        return reward_in_words(proxy_of_run(self.trained)) == reward_in_words(self.proxy)
 
 
 def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run:
@@ -262,17 +258,10 @@ def score_gold(
     scores: dict[str, np.ndarray] = {}
     with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
         for run in runs:
-            table = []
-            for point in run.checkpoints:
-                texts = [{"query": row["instruction"], "response": row["output"]} for row in point.rows]
-
-                def score(places: list[int], texts: list[dict] = texts) -> Iterator[tuple[list[int], list[float]]]:
-                    some = {name: [texts[place][name] for place in places] for name in ("query", "response")}
-                    for rows, values in gold.iter_rewards(some):
-                        yield [places[row] for row in rows], values
-
-                table.append(score_rows(ScoreStore(point.scores, facts), texts, score, bar.update))
-            scores[run.name] = np.array(table)
+            columns = (([row["instruction"] for row in point.rows], [row["output"] for row in point.rows]) for point in run.checkpoints)
+            scores[run.name] = np.array(
+                [gold_column(gold, ScoreStore(point.scores, facts), *texts, bar.update) for point, texts in zip(run.checkpoints, columns)]
+            )
     return scores, gold.dtype
 
 
@@ -371,16 +360,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         write_together(folder, scored, both, records[0])
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """A column's name for each gold model: "gold" for a lone one, else the last part of its path, or all of it where two share that."""
-    if len(set(paths)) < len(paths):
-        raise InputError("--gold_model names a model twice")
-    if len(paths) == 1:
-        return ["gold"]
-    last = [Path(path).name for path in paths]
-    return last if len(set(last)) == len(last) else list(paths)
-
-
 def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
     # 1. Everything a user can get wrong, before any model loads.
@@ -389,10 +368,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     ranked = ranked_systems(systems, board, settings.gold_scores)
     instructions = shared_instructions(systems)
     proxy = proxy_of_run({}, settings.batch_size, typed)
-    if settings.all_designs:
-        if not proxy.is_proxy:
-            raise InputError("--all_designs is for the proxy, not for --reward_function or --reward_model_name")
-        proxy = replace(proxy, length_incentive=True, **FULL_DESIGN)
+    proxy = every_switch_on(proxy) if settings.all_designs else proxy
     proxy.check_reward()
     check_device(settings.device)
     references: list[dict] = [{} for _ in instructions]
@@ -438,6 +414,21 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     print(folder / "designs.json")
 
 
+def every_switch_on(proxy: RewardSettings) -> RewardSettings:
+    """The design whose features every other one can be composed of. Raises InputError for a reward that is no proxy."""
+    if not proxy.is_proxy:
+        raise InputError("--all_designs is for the proxy, not for --reward_function or --reward_model_name")
+    return replace(proxy, length_incentive=True, **FULL_DESIGN)
+
+
+def read_proxy(settings: MonotonicitySettings, typed: Mapping, trained: Mapping) -> RewardSettings:
+    """The proxy that chooses among samples of a policy with these recorded settings. Raises InputError for one that cannot be used."""
+    proxy = proxy_of_run(trained, settings.batch_size, typed)
+    proxy = every_switch_on(proxy) if settings.every_design else proxy
+    proxy.check_reward()
+    return proxy
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings, gold_settings, typed = parse_settings(
@@ -448,6 +439,8 @@ def main() -> None:
     )
     if settings.rollouts:
         judge_designs(settings, typed)
+    elif settings.best_of_n:
+        judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained))
     else:
         judge_runs(settings, gold_settings, typed)
 

@@ -28,6 +28,8 @@ floor 3, what the stages are made of
     superni           Super-NaturalInstructions: its prompts, scores and summary
     scores            scores kept by row
     baseline          rollouts beside another model's outputs
+    samples           several responses to each prompt: reading, and the best of them
+    best_of_n         which of n samples a proxy ranks first, and what gold makes of it
     designs           proxy designs against a leaderboard
     comparison        runs of several designs in words
     bundled_models    models from packages, for machines without a hub
@@ -44,5 +46,6 @@ floor 5, the largest
     ppo_state         saving and resuming PPO
     report            the lines, the files and the pages of scored runs
     score_files       the scoring command
+    best_of_n_command  the best-of-n command
     annotators        what annotates rows: an API, a local model, a classifier
 """

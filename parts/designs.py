@@ -61,6 +61,30 @@ def shared_instructions(systems: Mapping[str, Mapping[str, str]]) -> list[str]:
     return instructions
 
 
+def design_name(settings) -> str:
+    """A design in symbols, as `all_designs` writes them: "LI * RP * relevance, branching".
+
+    `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
+    """
+    if named := getattr(settings, "named", ""):
+        return named
+    symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
+    target = f" (target {settings.length_target})" if settings.length_target else ""
+    parts = " * ".join(symbol + target if symbol == "LI" else symbol for symbol in symbols)
+    return (parts or "1") + (", branching" if settings.reward_branching else "")
+
+
+def reward_in_words(settings) -> str:
+    """All that makes one reward differ from another."""
+    return settings.named or settings.design
+
+
+def name_designs(runs: Sequence) -> list[str]:
+    """The design of each run: in symbols, or in words where two designs would share their symbols (other encoders, for example)."""
+    symbols, in_words = [run.design for run in runs], [run.design_in_words for run in runs]
+    return symbols if len(set(symbols)) == len(set(in_words)) else in_words
+
+
 def all_designs(switches: Mapping[str, str]) -> dict[str, dict[str, bool]]:
     """Every on/off setting of switches, by name: "LI * RP * relevance, branching" and so on; sixteen of the paper's four.
 

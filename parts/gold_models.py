@@ -156,6 +156,16 @@ class _GoldRewardModel(ABC):
         """[rows, time] ids and mask, padded on the right, to [rows] scores."""
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A column's name for each gold model: "gold" for a lone one, else the last part of its path, or all of it where two share that."""
+    if len(set(paths)) < len(paths):
+        raise InputError("--gold_model names a model twice")
+    if len(paths) == 1:
+        return ["gold"]
+    last = [Path(path).name for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)
+
+
 def weights_digest(name_or_path: str, model: PreTrainedModel | None) -> str:
     """What tells one set of weights from another: a hub model's commit, a folder's files (an adapter's and its base's).
 

@@ -219,6 +219,36 @@ def require_comparable(checkpoints: Sequence[Checkpoint]) -> None:
                 raise InputError(f"{point.rollouts}: {name} is {own}, expected {other} as at step {first.step}")
 
 
+def choose_checkpoints(settings, prefix: str) -> list[Checkpoint]:
+    """The checkpoints of a run to compare, by step, as `--output_dir`, `--steps` and `--include_start` choose them.
+
+    Raises:
+        InputError: none found, a wanted one lacks its folder or rollouts, fewer than three, or rollouts that were made otherwise: on
+            other instructions, or with other decoding settings.
+    """
+    parent = Path(settings.output_dir)
+    if not parent.is_dir():
+        raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
+    by_step = {point.step: point for point in checkpoints_of(parent / prefix)}
+    if not by_step:
+        raise InputError(f"{parent}: no folder {prefix}_step_<k>")
+    if settings.steps:
+        steps = sorted(set(settings.steps))
+        for step in steps:
+            if step not in by_step or not by_step[step].rollouts.is_file():
+                raise InputError(f"{parent}/{prefix}_step_{step}: no rollouts, expected them from evaluation.py")
+    else:
+        candidates = [step for step in by_step if step > 0 or settings.include_start]
+        steps = [step for step in candidates if by_step[step].rollouts.is_file()]
+        if without := [step for step in candidates if step not in steps]:
+            print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
+    if len(steps) < 3:
+        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
+    checkpoints = [by_step[step] for step in steps]
+    require_comparable(checkpoints)
+    return checkpoints
+
+
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 

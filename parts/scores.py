@@ -103,6 +103,20 @@ def proxy_columns(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def gold_column(
+    gold, store: ScoreStore, instructions: Sequence[str], outputs: Sequence[str], progress: Callable[[int], object]
+) -> list[float]:
+    """A gold model's score of every row, those of the store read and the others made and kept."""
+    texts = [{"query": query, "response": response} for query, response in zip(instructions, outputs)]
+
+    def score(places: list[int]) -> Iterator[tuple[list[int], list[float]]]:
+        some = {name: [texts[place][name] for place in places] for name in ("query", "response")}
+        for rows, values in gold.iter_rewards(some):
+            yield [places[row] for row in rows], values
+
+    return score_rows(store, texts, score, progress)
+
+
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
     """All that a proxy's score depends on besides the row, for the store."""
     settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, ROWS
+from nltk.tokenize import wordpunct_tokenize
 
+from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
 from parts.errors import run_main
 from parts.files import read_json
 from parts.generation import Decoding, row_draws, sample
 from parts.rows import read_rows
+from parts.samples import Samples, best_rows
+from reward_model import repetition_penalty
+from train_sft import SFTSettings
 
 SAMPLES = 6
 
@@ -125,3 +132,186 @@ def test_samples_that_cannot_be(words, message, eval_file, monkeypatch, capsys):
     assert run_inside(monkeypatch, "evaluation.py", "--base_model_name=nobody/nothing", f"--data_path={eval_file}", *words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the estimator
+
+
+def test_weights_of_four_samples():
+    # Of the six pairs, the best is the fourth in three, the third in two, the second in one. With ties it is one of the two best in five.
+    assert best_of_n_weights(np.array([[1.0, 2, 3, 4]]), [1, 2, 4])[:, 0] * 12 == pytest.approx(
+        np.array([[3, 3, 3, 3], [0, 2, 4, 6], [0, 0, 0, 12]])
+    )
+    assert best_of_n_weights(np.array([[7.0, 1, 7, 1]]), [2])[0, 0] * 12 == pytest.approx([5, 1, 5, 1])
+    assert np.ptp(best_of_n_weights(np.full((1, 5), 0.3), [1, 2, 4, 5])) == 0  # a constant proxy chooses as chance does, to the last bit
+
+
+@pytest.mark.parametrize("proxy", [[3, 1, 2, 6, 5, 4], [2, 2, 1, 3, 3, 3], [1, 0, 0, 1, 0, 0], [5, 5, 5, 5, 5, 5]])
+def test_the_estimator_is_the_mean_over_every_subset(proxy):
+    gold = [0.5, -1.0, 2.0, 0.25, 4.0, -3.0]
+    for n in range(1, 7):
+        means = []
+        for subset in itertools.combinations(range(6), n):
+            best = max(proxy[place] for place in subset)
+            means.append(np.mean([gold[place] for place in subset if proxy[place] == best]))  # equals share
+        assert ranked_by(np.array([proxy]), np.array([gold]), [n])[0, 0] == pytest.approx(np.mean(means))
+    assert ranked_by(np.array([proxy]), np.array([proxy]), [6])[0, 0] == max(proxy)
+
+
+def test_sizes_and_divergence():
+    assert [subset_sizes(count) for count in (2, 6, 16)] == [[1, 2], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
+    assert [divergence(n) for n in (1, 2, 16)] == pytest.approx([0.0, 0.193147, 1.835089], abs=1e-6)
+
+
+def test_what_is_said_of_a_ranking():
+    """Two prompts whose gold rises with one proxy, and rises and falls with another: literal gains, errors, peaks."""
+    up = np.array([[0.0, 1, 2, 3], [0, 1, 2, 3]])
+    gold = {"gold": np.array([[0.0, 2, 4, 6], [0, 6, 3, 3]])}
+    rankings = rank_all({"up": up, "same": np.ones((2, 4))}, gold, [1, 2, 4])
+    found = judge_all([1, 2, 4], rankings, ["OPENENDED", "CONSTRAINED"])["gold"]
+    assert list(found) == ["up", "same", "gold itself"]
+    # n = 2: weights 0, 1, 2, 3 of 6: 26/6 and 21/6 against 3 and 3. n = 4: the last ones, 6 and 3.
+    assert found["up"]["gold"] == pytest.approx([3.0, 47 / 12, 4.5])
+    assert found["up"]["gain"] == pytest.approx([0.0, 11 / 12, 1.5])
+    assert found["up"]["standard_error"] == pytest.approx([0.0, 5 / 12, 1.5])
+    assert (found["up"]["spearman"], found["up"]["peak"], found["up"]["turning_point"]) == (pytest.approx(1.0), 4, None)
+    second = found["up"]["by_qtype"]["CONSTRAINED"]
+    assert second["gold"] == pytest.approx([3.0, 3.5, 3.0]) and second["standard_error"] == [None] * 3
+    assert (second["peak"], second["turning_point"], second["rows"]) == (2, 2, 1)
+    assert found["same"]["gain"] == [0.0] * 3 and found["same"]["spearman"] is None and found["same"]["interval"] is None
+    assert found["gold itself"]["gold"][2] == pytest.approx(6.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+LI_RP = ["--relevance_scaling=false", "--reward_branching=false"]
+
+
+def test_from_samples_to_the_table(sampled, tiny_model, tiny_gold, tmp_path, monkeypatch, capsys):
+    """The scores behind the table are those of the reward and of the gold alone; a second call scores nothing."""
+    from parts.chat_templates import load_template
+    from parts.gold_models import load_gold_reward_model
+    from parts.models import load_tokenizer
+    from reward_model import ReversedEngineeredRewardForInference
+
+    words = ["eval_monotonicity.py", "--best_of_n", sampled, "--gold_model", tiny_gold, f"--output_dir={tmp_path}", *LI_RP]
+    assert run_inside(monkeypatch, *words) == 0
+    content = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")
+    rows = read_rows(sampled, {})
+    texts = [[each["output"] for each in row["responses"]] for row in rows]
+    batch = {"query": [row["instruction"] for row in rows for _ in range(SAMPLES)], "response": [text for own in texts for text in own]}
+    template = load_template("tokenizer", load_tokenizer(str(tiny_model)))
+    reward = ReversedEngineeredRewardForInference(template, repetition_penalty=True)
+    proxy = np.array(reward.get_reward(batch)).reshape(6, SAMPLES)
+    gold = np.array(load_gold_reward_model(str(tiny_gold), device="cpu").get_reward(batch)).reshape(6, SAMPLES)
+    entry = content["golds"]["gold"]["LI * RP"]
+    assert content["n"] == [1, 2, 4, 6] and entry["rows"] == 6
+    assert entry["proxy"] == pytest.approx(ranked_by(proxy, proxy, [1, 2, 4, 6]).mean(axis=1))
+    assert entry["gold"] == pytest.approx(ranked_by(proxy, gold, [1, 2, 4, 6]).mean(axis=1), rel=1e-4, abs=1e-6)
+    assert content["golds"]["gold"]["gold itself"]["gold"][3] == pytest.approx(gold.max(axis=1).mean(), rel=1e-4)
+    assert entry["by_qtype"]["OPENENDED"]["proxy"][3] == pytest.approx(proxy[1::2].max(axis=1).mean())
+    assert (tmp_path / "model_best_of_n" / "best_of_n.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert f"LI * RP      {entry['gain'][1]:+.2f} ({entry['standard_error'][1]:.2f})" in said
+    assert "0.00 at n = 1, 0.19 at n = 2, 0.64 at n = 4" in said
+    kept = sampled.with_name("samples-model.scores.jsonl").read_text(encoding="utf-8")
+    assert run_inside(monkeypatch, *words) == 0
+    assert sampled.with_name("samples-model.scores.jsonl").read_text(encoding="utf-8") == kept
+
+
+def test_all_designs_from_one_scoring(sampled, tiny_gold, tmp_path, monkeypatch):
+    """Sixteen designs, some of them by name, and one by its flags say the same of the same design."""
+    words = ["eval_monotonicity.py", "--best_of_n", sampled, "--gold_model", tiny_gold, f"--output_dir={tmp_path}",
+             "--relevance_model_name=models/all-MiniLM-L6-v2"]  # fmt: skip
+    found = {}
+    for name, more in {"all": ["--all_designs=true"], "some": ["--designs", "LI * RP", "LI"], "one": LI_RP}.items():
+        assert run_inside(monkeypatch, *words, *more) == 0
+        found[name] = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
+    assert len(found["all"]) == 17 and "LI * RP * relevance, branching" in found["all"]
+    assert list(found["some"]) == ["LI * RP", "LI", "gold itself"] and list(found["one"]) == ["LI * RP", "gold itself"]
+    assert found["all"]["LI * RP"] == found["some"]["LI * RP"] == found["one"]["LI * RP"]
+    assert found["all"]["1"]["gain"] == [0.0] * 4 and found["all"]["1"]["spearman"] is None
+    lines = [json.loads(line) for line in sampled.with_name("samples-model.scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len([line for line in lines if "facts" in line]) == 3  # the features of all designs, those of one, and gold
+
+
+def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkeypatch, capsys):
+    """Without a gold; the reader of `train_sft.py` takes them."""
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
+    from parts.sft_data import read_examples
+
+    words = ["eval_monotonicity.py", "--best_of_n", sampled, *LI_RP, "--write_best", 4]
+    for file in (tmp_path / "best.json", tmp_path / "best.jsonl"):
+        assert run_inside(monkeypatch, *words, file) == 0
+        rows = read_rows(file, {"input": None, "output": None, "qtype": None})
+        assert [set(row) for row in rows] == [{"input", "output", "qtype"}] * 6
+    assert "best.json: 6 rows" in capsys.readouterr().out
+    assert read_json(tmp_path / "best.meta.json")["n"] == 4
+    samples = read_rows(sampled, {})
+    for row, own in zip(rows, samples):
+        outputs = [each["output"] for each in own["responses"]]
+        totals = [len(wordpunct_tokenize(text)) / 100 * repetition_penalty(wordpunct_tokenize(text)) for text in outputs[:4]]
+        assert row == {"input": own["instruction"], "output": outputs[int(np.argmax(totals))], "qtype": own["qtype"]}
+    tokenizer = load_tokenizer(str(tiny_model))
+    settings = SFTSettings(model_name=str(tiny_model), output_dir=str(tmp_path / "sft"))
+    examples = read_examples(str(tmp_path / "best.json"), settings, tokenizer, load_template("tokenizer", tokenizer))
+    assert [example["input"] for example in examples] == [row["input"] for row in ROWS]
+    assert run_inside(monkeypatch, *words, tmp_path / "best.json") == 2
+    assert "best.json exists already, expected the name of a new file" in capsys.readouterr().err
+
+
+def test_an_empty_best_is_left_out(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [{"instruction": name, "responses": [{"output": ""}, {"output": "x"}]} for name in "ab"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = best_rows(Samples(path), [{}, {"qtype": "OPENENDED"}], np.array([[1.0, 0.5], [0.5, 0.5]]), 2)
+    assert found == []
+    assert best_rows(Samples(path), [{}, {"qtype": "OPENENDED"}], np.array([[1.0, 0.5], [0.5, 1.0]]), 2) == [
+        {"input": "b", "output": "x", "qtype": "OPENENDED"}
+    ]
+
+
+def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: str = "same") -> Path:
+    rows = [{"instruction": name, "responses": [{"output": text}] * count} for name in instructions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        (None, ["--write_best", 4, "{folder}/new.json"], "--write_best is 4, expected at most 3, the samples of a row in"),
+        (None, ["--write_best", "x"], "--write_best is 'x', expected n and a file"),
+        (None, ["--write_best", 2, "{folder}/samples.jsonl"], "samples.jsonl exists already, expected the name of a new file"),
+        (None, ["--write_best", 2, "{folder}/new.json", "--all_designs=true"], "--write_best takes what one design chooses of one file"),
+        (None, ["{folder}/other.jsonl"], "other.jsonl: row 2: another instruction, expected the prompts of"),
+        (None, ["--data_path={folder}/data.json"], "data.json: no row for row 2 of"),
+        (None, [], "samples.jsonl: LI * RP is the same for all samples of a row, expected a proxy that can choose"),
+        (None, ["--designs", "LI * PR"], "--designs holds 'LI * PR', expected some of LI * RP * relevance, branching; LI * RP"),
+        (None, ["--reward_branching=true", "--relevance_scaling=true"], "samples.jsonl: row 1: field 'reference' is missing, expected text"),
+        (None, ["--gold_scores=x.csv"], "--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores"),
+        (None, ["--model_prefix=run"], "--model_prefix, --rollouts and --best_of_n are three questions, expected one of them"),
+        (lambda text: text[:-20], [], "samples.jsonl: row 3: line 3: broken JSON"),
+        (lambda text: text[: text.index("\n") + 1], [], "samples.jsonl: 1 rows, expected the 3 of its record: is the file whole?"),
+        (lambda text: text.replace(', {"output": "same"}', "", 1), [], "samples.jsonl: row 2: 3 responses, expected 2 as in row 1"),
+        (lambda text: text.replace(', {"output": "same"}', ""), [], "samples.jsonl: row 1: 1 responses, expected at least 2"),
+        (lambda text: text.replace("output", "text"), [], "samples.jsonl: row 1: no field 'responses' of {output}"),
+    ],
+)  # fmt: skip
+def test_samples_that_cannot_be_judged(change, words, message, tmp_path, monkeypatch, capsys):
+    """One line, and no model: the gold is a name that cannot be loaded."""
+    path = write_samples(tmp_path / "samples.jsonl")
+    write_samples(tmp_path / "other.jsonl", "axc")
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a"}, {"instruction": "c"}]), encoding="utf-8")
+    meta = {"rows": 3, "adapter": None, "model": "nobody/nothing", "template": "alpaca"}
+    (tmp_path / "samples.meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    if change:
+        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    monkeypatch.setattr("parts.gold_models.load_gold_reward_model", None)
+    monkeypatch.setattr("parts.relevance.RelevanceModel", None)
+    words = [str(word).format(folder=tmp_path) for word in words]
+    gold = [] if "--gold_scores=x.csv" in words else ["--gold_model=nobody/gold"]
+    assert run_inside(monkeypatch, "eval_monotonicity.py", *LI_RP, *gold, "--best_of_n", path, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
