@@ -44,7 +44,7 @@ from parts.designs import (
     read_systems,
     reward_in_words,
     shared_instructions,
-)  # fmt: skip
+)
 from parts.errors import InputError, run_main
 from parts.files import digest, write_json
 from parts.gold_models import DEFAULT_GOLD, GoldSettings, short_names

@@ -89,9 +89,11 @@ class Samples:
 
 
 def require_same_prompts(several: Sequence[Samples]) -> None:
-    """Raises InputError for a file of other prompts than the first one's."""
+    """Raises InputError for a file of other prompts than the first one's, or of a name that comes twice: results are named by it."""
     first = several[0]
-    for other in several[1:]:
+    for place, other in enumerate(several[1:], start=1):
+        if other.name in [earlier.name for earlier in several[:place]]:
+            raise InputError(f"{other.path}: samples of the name {other.name} come twice, expected one file of each")
         if other.instructions != first.instructions:
             pairs = zip(other.instructions, first.instructions)
             number = next((number for number, (one, two) in enumerate(pairs, start=1) if one != two), None)
