@@ -109,6 +109,6 @@ def best_rows(samples: Samples, references: Sequence[Mapping], proxy: np.ndarray
     rows = []
     for instruction, outputs, reference, best in zip(samples.instructions, samples.outputs, references, proxy[:, :n].argmax(axis=1)):
         kind = {"qtype": reference["qtype"]} if reference.get("qtype") else {}
-        if outputs[best]:
+        if outputs[best].strip():
             rows.append({"input": instruction, "output": outputs[best], **kind})
     return rows
