@@ -293,7 +293,7 @@ def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: s
         (None, ["--reward_branching=true", "--relevance_scaling=true"], "samples.jsonl: row 1: field 'reference' is missing, expected text"),
         (None, ["--gold_scores=x.csv"], "--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores"),
         (None, ["--model_prefix=run"], "--model_prefix, --rollouts and --best_of_n are three questions, expected one of them"),
-        (lambda text: text[:-20], [], "samples.jsonl: row 3: line 3: broken JSON"),
+        (lambda text: text[:-20], [], "samples.jsonl: line 3: broken JSON"),
         (lambda text: text[: text.index("\n") + 1], [], "samples.jsonl: 1 rows, expected the 3 of its record: is the file whole?"),
         (lambda text: text.replace(', {"output": "same"}', "", 1), [], "samples.jsonl: row 2: 3 responses, expected 2 as in row 1"),
         (lambda text: text.replace(', {"output": "same"}', ""), [], "samples.jsonl: row 1: 1 responses, expected at least 2"),
