@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata, sem
 
-from parts.rank_statistics import bootstrap_interval, spearman, turning_point
+from parts.rank_statistics import bootstrap_interval, paired_difference, spearman, turning_point
 from parts.rows import QTYPES
 
 
@@ -94,11 +94,11 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
     Returns:
         "rows"; by n the means "proxy" and "gold", and "gain", what gold gains over n = 1, with its "standard_error" over prompts (None for
         a lone one); "spearman" of the two curves over n and its "interval" over prompts; "peak", the n of the highest gold;
-        "turning_point", that n if the proxy rises on beyond it.
+        "turning_point", that n if the proxy rises on beyond it; "fall", the `paired_difference` of gold from there to the largest n.
     """
     gains, several = gold - gold[0], gold.shape[1] > 1
     means = proxy.mean(axis=1), gold.mean(axis=1)
-    rho = spearman(*means)
+    rho, peak = spearman(*means), int(np.argmax(means[1]))
     return {
         "rows": gold.shape[1],
         "proxy": means[0].tolist(),
@@ -107,8 +107,9 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
         "standard_error": sem(gains, axis=1).tolist() if several else [None] * len(sizes),
         "spearman": rho,
         "interval": bootstrap_interval(proxy, gold) if several and rho is not None else None,
-        "peak": sizes[int(np.argmax(means[1]))],
+        "peak": sizes[peak],
         "turning_point": turning_point(list(sizes), *means),
+        "fall": paired_difference(gold[peak], gold[-1]) if several else None,
     }
 
 

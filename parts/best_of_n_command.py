@@ -12,7 +12,7 @@ import numpy as np
 
 from parts.best_of_n import Ranking, divergence, judge_all, rank_all, subset_sizes
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
-from parts.comparison import last_parts
+from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
 from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, SEED_LINES, draw_line, quieten
@@ -185,7 +185,7 @@ def print_best_of_n(sizes: Sequence[int], found: Mapping[str, Mapping[str, dict]
         for qtype, part in next(iter(entries.values()))["by_qtype"].items():
             print(f"\n{qtype}, {part['rows']} prompts")
             print(table_text(gain_table(sizes, {name: entry["by_qtype"][qtype] for name, entry in entries.items()})))
-        print("", *sentences(entries), sep="\n")
+        print("", *sentences(sizes, entries), sep="\n")
     print("KL from the policy in nats: " + ", ".join(f"{divergence(n):.2f} at n = {n}" for n in sizes))
 
 
@@ -203,11 +203,15 @@ def gain_table(sizes: Sequence[int], entries: Mapping[str, dict]) -> list[dict[s
     return rows
 
 
-def sentences(entries: Mapping[str, dict]) -> Iterator[str]:
-    """One line on each ranking whose gold falls while its proxy rises on."""
+def sentences(sizes: Sequence[int], entries: Mapping[str, dict]) -> Iterator[str]:
+    """One line on each ranking whose gold falls while its proxy rises on, as strong as `MOVES` standard errors allow."""
     for name, entry in entries.items():
-        if entry["turning_point"] is not None:
-            yield f"{name}: gold peaks at n = {entry['turning_point']} while the proxy rises beyond it, a sign of over-optimisation"
+        fall = entry["fall"]
+        if entry["turning_point"] is not None and fall:
+            size = f"{-fall['difference']:.2f}, SE {fall['standard_error']:.2f}"
+            noise = -fall["difference"] < MOVES * fall["standard_error"]
+            shown = "that is not told from noise" if noise else "the proxy is over-optimised"
+            yield f"{name}: gold peaks at n = {entry['peak']} and is lower by {size} at n = {sizes[-1]}, where the proxy is higher: {shown}"
 
 
 def write_best_of_n(

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, ROWS
 from nltk.tokenize import wordpunct_tokenize
 
 from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
+from parts.best_of_n_command import sentences
 from parts.errors import run_main
 from parts.files import read_json
 from parts.generation import Decoding, row_draws, sample
@@ -178,8 +179,18 @@ def test_what_is_said_of_a_ranking():
     second = found["up"]["by_qtype"]["CONSTRAINED"]
     assert second["gold"] == pytest.approx([3.0, 3.5, 3.0]) and second["standard_error"] == [None] * 3
     assert (second["peak"], second["turning_point"], second["rows"]) == (2, 2, 1)
+    assert found["up"]["fall"] == {"difference": 0.0, "standard_error": 0.0} and second["fall"] is None
     assert found["same"]["gain"] == [0.0] * 3 and found["same"]["spearman"] is None and found["same"]["interval"] is None
     assert found["gold itself"]["gold"][2] == pytest.approx(6.0)
+
+
+def test_a_fall_is_said_as_strongly_as_its_error_allows():
+    entry = {"turning_point": 2, "peak": 2, "fall": {"difference": -0.5, "standard_error": 0.2}}
+    weak = {**entry, "fall": {"difference": -0.5, "standard_error": 0.3}}
+    assert list(sentences([1, 2, 4], {"LI": entry, "LI * RP": weak, "1": {**entry, "turning_point": None}})) == [
+        "LI: gold peaks at n = 2 and is lower by 0.50, SE 0.20 at n = 4, where the proxy is higher: the proxy is over-optimised",
+        "LI * RP: gold peaks at n = 2 and is lower by 0.50, SE 0.30 at n = 4, where the proxy is higher: that is not told from noise",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
