@@ -16,6 +16,7 @@ Without any training, proxy designs against a leaderboard, on outputs of systems
 And best-of-n, on several samples a row (`evaluation.py --num_samples`): what gold makes of the response that the proxy ranks first among n:
 
     python eval_monotonicity.py --best_of_n outputs/sft/samples-sft.jsonl --gold_model owner/reward-model --all_designs=true
+    python eval_monotonicity.py --best_of_n outputs/sft/samples-sft.jsonl --output_dir=outputs --model_prefix li full    # beside PPO
     python eval_monotonicity.py --best_of_n outputs/sft/samples-sft.jsonl --write_best 16 best.json    # the best, for train_sft.py; no gold
 """
 
@@ -97,11 +98,11 @@ class MonotonicitySettings(Settings):
             raise InputError(
                 "--model_prefix is missing, expected the part of the checkpoints' names before _step_<k> (or else --rollouts, --best_of_n)"
             )
-        if sum(map(bool, (self.rollouts, self.model_prefix, self.best_of_n))) > 1:
-            raise InputError("--model_prefix, --rollouts and --best_of_n are three questions, expected one of them")
+        if self.rollouts and (self.model_prefix or self.best_of_n):
+            raise InputError("--rollouts are ranked by themselves, expected no --model_prefix and no --best_of_n with them")
         if self.rollouts and (not self.gold_scores or self.gold_model):
             raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
-        if self.all_designs and self.model_prefix:
+        if self.all_designs and not (self.rollouts or self.best_of_n):
             raise InputError("--all_designs is for --rollouts and --best_of_n; a run is judged by its own design")
         if (self.designs or self.write_best) and not self.best_of_n:
             raise InputError("--designs and --write_best are for samples, expected --best_of_n FILE")
@@ -114,8 +115,8 @@ class MonotonicitySettings(Settings):
 
     @property
     def every_design(self) -> bool:
-        """Whether the features of every design are scored."""
-        return self.all_designs or bool(self.designs)
+        """Whether the features of every design are scored: also where samples stand beside runs, whose designs choose among them."""
+        return self.all_designs or bool(self.designs) or bool(self.best_of_n and self.model_prefix)
 
     def check_write_best(self) -> None:
         words = self.write_best
@@ -312,7 +313,11 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
 
-    # 2. Scores.
+    # 2. Scores: of samples that a design chooses among, of the runs' rollouts.
+    curves = (
+        judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained)) if settings.best_of_n else []
+    )
+    curves = [curve for curve in curves if curve.design in designs]
     tables = score_proxies(settings, runs)
     models, dtypes = {}, {}
     for path, name in golds.items():
@@ -342,7 +347,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
     folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
-    if len(set(designs)) > 1:
+    if len(set(designs)) > 1 or curves:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}
         for design, both in agreed.items():
@@ -353,7 +358,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
             name: {run.name: record[name] for run, record in zip(runs, records)}
             for name in ("template", "decoding", "seed", "policy", "proxy")
         }
-        write_comparison(folder, scored, compared, agreed, {**records[0], **by_run})
+        write_comparison(folder, scored, compared, agreed, {**records[0], **by_run}, curves)
     elif len(scored) > 1:
         both = together(scored)
         print_together(both, len(scored))
@@ -439,7 +444,7 @@ def main() -> None:
     )
     if settings.rollouts:
         judge_designs(settings, typed)
-    elif settings.best_of_n:
+    elif not settings.model_prefix:
         judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained))
     else:
         judge_runs(settings, gold_settings, typed)

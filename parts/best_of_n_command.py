@@ -15,7 +15,7 @@ from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
-from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, SEED_LINES, draw_line, quieten
+from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, LINE_STYLES, BestOfN, draw_line, quieten
 from parts.files import atomic_path, write_json, write_json_lines
 from parts.gold_models import GoldSettings, short_names
 from parts.models import check_device
@@ -29,7 +29,7 @@ from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts
 MOST_BANDS = 6  # lines in a figure; the bands of more hide each other
 
 
-def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_proxy: Callable[[Mapping], Any]) -> None:
+def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_proxy: Callable[[Mapping], Any]) -> list[BestOfN]:
     """What gold makes of the responses that the proxy chooses among n, for one policy's samples or several.
 
     Args:
@@ -37,6 +37,9 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         gold_settings: how gold models are loaded.
         typed: the settings of the proxy that the user gave, for the record.
         read_proxy: the proxy's settings (`reward_model.RewardSettings`), from the recorded ones of the policy's training.
+
+    Returns:
+        The curve of each policy and design, to be drawn beside PPO.
 
     Raises:
         InputError: samples, golds or a proxy that cannot be used.
@@ -55,10 +58,11 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         (proxy,) = totals[0].values()
         write_best(settings.write_best, choices[0], proxy, record)
     if not golds:
-        return
+        return []
     scores, dtypes = score_samples(settings, gold_settings, golds, choices)
 
     # 3. The answer.
+    curves = []
     for choice, proxies, own in zip(choices, totals, scores):
         samples = choice.samples
         sizes = subset_sizes(samples.count)
@@ -68,6 +72,9 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         print_best_of_n(sizes, found)
         more = {"proxy": asdict(choice.proxy), "template": choice.template.name, "dtype": dtypes, "samples": samples.meta}
         write_best_of_n(Path(settings.output_dir) / f"{samples.name}_best_of_n", samples.name, sizes, found, rankings, {**record, **more})
+        kl = [divergence(n) for n in sizes]
+        curves += [BestOfN(ranking.name, kl, ranking.proxy, ranking.gold) for ranking in rankings if ranking.name in proxies]
+    return curves
 
 
 # ---------------------------------------------------------------------------------------------------- samples and scores
@@ -258,7 +265,7 @@ def draw_best_of_n(target: Path, name: str, sizes: Sequence[int], rankings: Sequ
                     if scores is not None:
                         band = curve_band(scores) if len(rankings) <= MOST_BANDS and scores.shape[1] > 1 else None
                         turn, color = divmod(place, len(DESIGN_COLORS))
-                        line = SEED_LINES[turn % len(SEED_LINES)]
+                        line = LINE_STYLES[turn % len(LINE_STYLES)]
                         draw_line(panel, positions, scores.mean(axis=1), band, line, DESIGN_COLORS[color], ranking.name)
                 quieten(panel)
         grid[-1, 0].set_xscale("log", base=2)

@@ -246,6 +246,26 @@ def test_all_designs_from_one_scoring(sampled, tiny_gold, tmp_path, monkeypatch)
     assert len([line for line in lines if "facts" in line]) == 3  # the features of all designs, those of one, and gold
 
 
+def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch):
+    """The run's own design chooses among the samples; both curves are in one file, one figure and one page."""
+    settings = {"repetition_penalty": False, "relevance_scaling": False, "reward_branching": False, "logging_dir": str(tmp_path / "li")}
+    for step in (1, 2, 3):
+        folder = tmp_path / f"li_step_{step}"
+        folder.mkdir()
+        rows = [{"instruction": text, "output": f"{text} {'w ' * step}".strip()} for text in "abcd"]
+        (folder / f"alpaca-eval-{folder.name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        (folder / "training_record.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    (tmp_path / "li").mkdir()
+    log = [json.dumps({"step": step, "objective/kl": step / 2}) for step in (1, 2, 3)]
+    (tmp_path / "li" / "metrics.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
+    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold]
+    assert run_inside(monkeypatch, *words, "--best_of_n", sampled, "--relevance_model_name=models/all-MiniLM-L6-v2") == 0
+    chosen = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
+    assert len(chosen) == 17  # the runs' designs are among all
+    assert "best-of-n" in (tmp_path / "li_monotonicity" / "report.html").read_text(encoding="utf-8")
+    assert [entry["design"] for entry in read_json(tmp_path / "li_monotonicity" / "monotonicity.json")["comparison"]["runs"]] == ["LI"]
+
+
 def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkeypatch, capsys):
     """Without a gold; the reader of `train_sft.py` takes them."""
     from parts.chat_templates import load_template
@@ -303,7 +323,7 @@ def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: s
         (None, ["--designs", "LI * PR"], "--designs holds 'LI * PR', expected some of LI * RP * relevance, branching; LI * RP"),
         (None, ["--reward_branching=true", "--relevance_scaling=true"], "samples.jsonl: row 1: field 'reference' is missing, expected text"),
         (None, ["--gold_scores=x.csv"], "--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores"),
-        (None, ["--model_prefix=run"], "--model_prefix, --rollouts and --best_of_n are three questions, expected one of them"),
+        (None, ["--rollouts=x.json"], "--rollouts are ranked by themselves, expected no --model_prefix and no --best_of_n with them"),
         (lambda text: text[:-20], [], "samples.jsonl: line 3: broken JSON"),
         (lambda text: text[: text.index("\n") + 1], [], "samples.jsonl: 1 rows, expected the 3 of its record: is the file whole?"),
         (lambda text: text.replace(', {"output": "same"}', "", 1), [], "samples.jsonl: row 2: 3 responses, expected 2 as in row 1"),
