@@ -44,6 +44,7 @@ floor 4, made of these
 floor 5, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO
+    counting          memory and operations of PPO, from shapes alone
     report            the lines, the files and the pages of scored runs
     score_files       the scoring command
     best_of_n_command  the best-of-n command

@@ -91,7 +91,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return (gradient * by_logprob[:, None].to(gradient.dtype), None, None, None)
 
 
-def _predict_or_forward(policy: nn.Module, *args, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, **inputs):
+def predict_or_forward(policy: nn.Module, *args, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, **inputs):
     """The policy's forward pass: TRL's own, or, with `rows` and `columns`, only what PPO needs at these places.
 
     Args:
@@ -128,7 +128,7 @@ def _teach_to_predict(policy: nn.Module) -> None:
         raise InputError("the policy's output head is among the trained modules, expected LoRA on other modules")
     if not isinstance(head, nn.Linear):
         raise InputError("the policy has no linear output head, expected a causal language model")
-    policy.forward = functools.partial(_predict_or_forward, policy)
+    policy.forward = functools.partial(predict_or_forward, policy)
 
 
 def checkpoint_in_eval_mode(policy: nn.Module) -> None:
@@ -158,7 +158,7 @@ class _Sequences:
     response_lengths: list[int]
 
     def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What `_predict_or_forward` takes for these rows."""
+        """What `predict_or_forward` takes for these rows."""
         device = self.tokens[0].device
         starts = [self.query_lengths[row] - 1 for row in rows]
         lengths = [self.response_lengths[row] for row in rows]

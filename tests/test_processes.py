@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,28 @@ def test_two_processes(tiny_model, tmp_path, launch, more):
     assert ends[0] == ends[1]
     alone = run_script(*words, "--resume_from_checkpoint", tmp_path / "tiny_step_2")
     assert alone.returncode == 2 and "made by 2 processes" in alone.stderr
+
+
+def test_two_machines(tiny_model, rows_file, tmp_path):
+    """The launch for several machines, one process on each, both on this host: one run, one writer, the state shared out."""
+    port, words = free_port(), ppo_words(tiny_model, rows_file, tmp_path / "tiny", overall_steps=1, save_freq=1, dev_prompts=2)
+
+    def launch(machine: int):
+        place = {"num_processes": 2, "machine_rank": machine, "main_process_ip": "127.0.0.1", "main_process_port": port}
+        flags = [word for name, value in place.items() for word in (f"--{name}", str(value))]
+        module = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/zero2-bf16-multinode.yaml", *flags)
+        return run_script(*words, launcher=module)
+
+    with ThreadPoolExecutor(2) as both:
+        machines = list(both.map(launch, (0, 1)))
+    assert [done.returncode for done in machines] == [0, 0], machines[0].stderr[-3000:] + machines[1].stderr[-3000:]
+    assert ["step 1: development" in done.stdout for done in machines] == [True, False]
+    assert [row["step"] for row in metrics(tmp_path / "tiny")] == [1]
+    record = read_json(tmp_path / "tiny_step_1" / "training_record.json")
+    assert (record["processes"], record["dtype"]) == (2, "bfloat16")
+    facts = [state_facts(tmp_path / "tiny_step_1", rank) for rank in (0, 1)]
+    assert facts[0]["weights"] == facts[1]["weights"] and facts[0]["kl_coef"] == facts[1]["kl_coef"]
+    states = [load_file(tmp_path / "tiny_step_1" / f"trainer_state_rank{rank}.safetensors") for rank in (0, 1)]
+    moments = [sum(tensor.numel() for name, tensor in state.items() if name.endswith("exp_avg")) for state in states]
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_1" / "adapter_model.safetensors").values()) + 33
+    assert sum(moments) < trained + 64 and max(moments) <= trained / 2 + 32  # each has half of them, up to padding
