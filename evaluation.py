@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from parts.adapters import check_adapter
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from parts.chat_templates import ChatTemplate
     from parts.generation import Decoding, HFEngine, VLLMEngine
+    from parts.models import ModelFacts
     from parts.superni import Instance
     from reward_model import RewardSettings
 
@@ -136,9 +138,18 @@ def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
 
 
 def read_checkpoints(settings: EvaluationSettings) -> list[Checkpoint]:
-    """What is rolled out: the adapters that are named, or the base model itself."""
+    """What is rolled out: the adapters that are named, or the base model itself.
+
+    Raises:
+        InputError: an adapter that no response can be drawn with, or of which nothing says what its prompts look like.
+    """
     if settings.peft_model_name:
-        return find_adapters(settings.peft_model_name)
+        checkpoints = find_adapters(settings.peft_model_name)
+        for point in checkpoints:
+            check_adapter(point.folder, plain=settings.engine == "vllm")
+            if not point.trained and not settings.chat_template_name:
+                raise InputError(f"{point.folder}: no record of a training run, expected --chat_template_name")
+        return checkpoints
     name = Path(os.path.abspath(settings.base_model_name)).name
     return [BaseModel(Path(settings.output_dir) / name, settings.base_model_name)]
 
@@ -183,18 +194,20 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     data: Sequence[dict],
     instances: Sequence[Instance],
+    model: ModelFacts,
     device: str,
 ) -> list[Job]:
     """The jobs of all checkpoints. Raises InputError for a checkpoint without weights, or decoding settings that cannot be used."""
     import torch
 
-    from parts.chat_templates import encode_prompts
+    from parts.chat_templates import encode_instructions
+    from parts.generation import end_tokens
     from parts.superni import superni_prompt
 
     prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them
     for template in templates.values():
         if "alpaca" in settings.evaluations and ("alpaca", template.name) not in prompts:
-            prompts["alpaca", template.name] = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+            prompts["alpaca", template.name] = encode_instructions(tokenizer, template, [row["instruction"] for row in data])
         if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
             prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
     paths = {"alpaca": rollouts_path, "superni": superni_path}
@@ -202,6 +215,7 @@ def plan(
     for checkpoint in checkpoints:
         weights = digest_weights(checkpoint)
         template = templates[checkpoint]
+        ends = end_tokens(tokenizer, model.generation, template)
         for evaluation in settings.evaluations:
             decoding = read_decoding(settings, evaluation)
             facts = {
@@ -210,6 +224,7 @@ def plan(
                 "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
                 "draws": [settings.seed, "common" if settings.common_draws else checkpoint.name],
+                **({} if ends == {tokenizer.eos_token_id} else {"ends": sorted(ends)}),
                 "prompts": digest(prompts[evaluation, template.name]),
             }
             files, count = {paths[evaluation](checkpoint.folder): digest(facts)}, 1
@@ -217,7 +232,7 @@ def plan(
                 count = settings.num_samples
                 files = {samples_path(checkpoint.folder): digest({**facts, "samples": count}), **files}
             stream = "" if settings.common_draws else checkpoint.name
-            jobs.append(Job(checkpoint, evaluation, files, template, prompts[evaluation, template.name], decoding, stream, count))
+            jobs.append(Job(checkpoint, evaluation, files, template, prompts[evaluation, template.name], decoding, stream, ends, count))
     return jobs
 
 
@@ -279,7 +294,7 @@ def write_file(
 ) -> None:
     """Write one of a job's files and its record."""
     texts = engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    finished = [response[-1] == engine.tokenizer.eos_token_id for response in responses]
+    finished = [response[-1] in job.ends for response in responses]
     record = provenance(
         seed=settings.seed,
         common_draws=settings.common_draws,
@@ -377,13 +392,16 @@ def main() -> None:
     from accelerate import PartialState
 
     from parts.chat_templates import load_template
-    from parts.models import load_tokenizer
+    from parts.models import load_tokenizer, read_facts
 
     tokenizer = load_tokenizer(checkpoints[0].trained.get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
+    model = read_facts(settings.base_model_name, tokenizer, settings.cache_dir or None)
     names = {point: settings.chat_template_name or point.trained.get("chat_template_name", "alpaca") for point in checkpoints}
     templates = {point: load_template(name, tokenizer) for point, name in names.items()}
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, device)
+    jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, model, device)
+    for job in jobs:
+        model.require_room(job.prompts, job.decoding.max_new_tokens, "--max_new_tokens")
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.

@@ -31,7 +31,7 @@ from parts.chat_templates import load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import write_json
-from parts.models import check_model_name, load_tokenizer
+from parts.models import check_model_name, check_tokenizer_name, load_tokenizer, read_facts
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
     MetricsLog,
@@ -171,7 +171,9 @@ def evaluate(
     if own:
         bar = "development rollouts" if accelerator.is_main_process else None
         tokens = [prompt.tokens for prompt in own]
-        responses = generate_responses(policy, tokenizer, tokens, decoding, settings.batch_size, settings.seed, bar, rows=numbers)
+        responses = generate_responses(
+            policy, tokenizer, tokens, decoding, settings.batch_size, settings.seed, bar, numbers, ends=trainer.ends
+        )
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         columns = score_rollouts(reward, own, texts)
         for number, prompt, text, *scores in zip(numbers, own, texts, *columns.values()):
@@ -219,27 +221,30 @@ def main() -> None:
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
     begin = ppo_state.find_start(settings)
-    for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
-        check_model_name(name)
+    check_model_name(settings.model_name)
+    check_tokenizer_name(settings.tokenizer_name or settings.model_name)
     settings.check_reward()
 
     # 2. Data.
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
+    facts = read_facts(settings.model_name, tokenizer, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
     limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
     read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
     prompts = read(settings.dataset_path, against=[settings.dev_prompt_path])
     dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
+    facts.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")
 
     # 3. Policy, reference (the policy with its adapter disabled), value head, optimizer: TRL's trainer. Then the reward.
     import torch
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from parts.generation import Decoding
+    from parts.generation import Decoding, end_tokens
     from parts.ppo_setup import make_trainer
 
     trainer = make_trainer(settings, tokenizer)
+    trainer.ends = end_tokens(tokenizer, facts.generation, template)
     accelerator = trainer.accelerator
     reward = settings.load_reward(template, settings.output_max_length, str(accelerator.device), settings.cache_dir or None)
     set_seed(settings.seed, device_specific=True)  # from here on every rank draws other numbers
@@ -262,7 +267,7 @@ def main() -> None:
         queries = [torch.tensor(prompt.tokens) for prompt in batch]
         generated = trainer.generate(queries, batch_size=settings.batch_size, return_prompt=False, do_sample=True, **asdict(decoding))
         responses = [response.tolist() for response in generated]
-        ended = [response[-1] == tokenizer.eos_token_id for response in responses]
+        ended = [response[-1] in trainer.ends for response in responses]
         if settings.rollout_postprocessing:
             responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -90,8 +90,8 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with loading(settings.model_name, "a language model"):
-        tokenizer = AutoTokenizer.from_pretrained(settings.model_name)
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, trust_remote_code=False)
     if settings.start_from:
         return PeftModel.from_pretrained(model, settings.start_from, is_trainable=True), tokenizer
     layers = model.config.num_hidden_layers

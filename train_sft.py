@@ -187,7 +187,7 @@ def load_model(settings: SFTSettings, mixed_precision: str) -> PreTrainedModel:
     attention = "eager" if mixed_precision == "bf16" and not torch.cuda.is_available() else None
     with loading(settings.model_name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, attn_implementation=attention
+            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.config.use_cache = False
     if not settings.lora_r:
@@ -317,10 +317,12 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None)
+    base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     dtype = base.dtype or torch.float32
     if settings.lora_r:
-        model = AutoModelForCausalLM.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, trust_remote_code=False
+        )
         model = PeftModel.from_pretrained(model, trained).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(trained, dtype=dtype)
@@ -346,7 +348,7 @@ def main() -> None:
     from parts.chat_templates import load_template
 
     with loading(settings.model_name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{settings.model_name}: its tokenizer has no end of sequence, expected one that ends the answers")
     template = load_template(settings.chat_template_name, tokenizer)

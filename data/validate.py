@@ -21,7 +21,7 @@ from parts.cli import parse_settings, setting
 from parts.data_checks import Tokens, examine, index_prompts
 from parts.errors import InputError, run_main
 from parts.files import write_json
-from parts.models import check_model_name
+from parts.models import check_tokenizer_name
 from parts.runs import provenance
 
 
@@ -49,7 +49,7 @@ def load_tokens(settings: ValidationSettings) -> Tokens | None:
     """The tokenizer in its template, where one was asked for. Raises InputError where either cannot be loaded."""
     if not settings.tokenizer:
         return None
-    check_model_name(settings.tokenizer)
+    check_tokenizer_name(settings.tokenizer)
     from parts.chat_templates import load_template
     from parts.models import load_tokenizer
 

@@ -19,11 +19,14 @@ floor 2, words, names, numbers
     rank_statistics   SpearmanR and what surrounds it
     scaling_fits      gold against the square root of KL, as Gao et al. fit it
     ppo_metrics       the numbers that PPO logs
-floor 3, what the stages are made of
+floor 3, on models
+    adapters          PEFT adapters on a model that is used again after them
+floor 4, what the stages are made of
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_models       gold reward models
     generation        prompts in, responses out
+    logprobs          hidden states in, log-probabilities out, in the model's own way
     data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary
     scores            scores kept by row
@@ -33,7 +36,7 @@ floor 3, what the stages are made of
     designs           proxy designs against a leaderboard
     comparison        runs of several designs in words
     bundled_models    models from packages, for machines without a hub
-floor 4, made of these
+floor 5, made of these
     figures           the figures of scored runs
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
@@ -41,7 +44,7 @@ floor 4, made of these
     rollouts          rollouts as jobs: finished, resumed, written
     sft_data          rows for supervised fine-tuning
     qtype_classifier  query types told by a model
-floor 5, the largest
+floor 6, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO
     counting          memory and operations of PPO, from shapes alone

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from parts.errors import InputError
 from parts.files import JsonLines, digest, file_digest
-from parts.models import check_model_name, loading
+from parts.models import check_model_name
 from parts.qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
 from parts.rows import QTYPES, read_rows
 from parts.runs import provenance
@@ -281,22 +281,20 @@ def answer_locally(
         InputError: the model cannot be loaded, or a prompt is too long for it.
     """
     import torch
-    from transformers import AutoConfig
 
-    from parts.chat_templates import encode_prompts, load_template
-    from parts.generation import Decoding, HFEngine, generate_responses
-    from parts.models import load_tokenizer
+    from parts.chat_templates import encode_instructions, load_template
+    from parts.generation import Decoding, HFEngine, end_tokens, generate_responses
+    from parts.models import load_tokenizer, read_facts
 
     tokenizer = load_tokenizer(model_name, cache_dir or None)
     template = load_template(chat_template_name, tokenizer)
-    with loading(model_name, "a causal language model"):
-        config = AutoConfig.from_pretrained(model_name, cache_dir=cache_dir or None)
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    facts = read_facts(model_name, tokenizer, cache_dir or None)
+    limit, ends = facts.positions or sys.maxsize, end_tokens(tokenizer, facts.generation, template)
     names = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in QTYPES]
     added = {"qtype": max(map(len, names)), "output": max_new_tokens}
     asked: dict[str, list[Question]] = {"qtype": [], "output": []}
     prompts: dict[str, list[list[int]]] = {"qtype": [], "output": []}
-    encoded = encode_prompts(tokenizer, [template.render(question.request["prompt"]) for question in questions])
+    encoded = encode_instructions(tokenizer, template, [question.request["prompt"] for question in questions])
     for question, tokens in zip(questions, encoded):
         length = len(tokens) + added[question.field]
         if length > limit:
@@ -312,13 +310,13 @@ def answer_locally(
 
     def answered(place: int, response: list[int]) -> None:
         text = template.strip_response(tokenizer.decode(response, skip_special_tokens=True))
-        answers.put(asked["output"][place], text, references_cut=int(response[-1] != tokenizer.eos_token_id))
+        answers.put(asked["output"][place], text, references_cut=int(response[-1] not in ends))
 
     if prompts["qtype"]:
         label_logprobs(model, prompts["qtype"], names, batch_size, labelled, "labels")
     if prompts["output"]:
         decoding = Decoding(max_new_tokens, temperature=0)
-        generate_responses(model, tokenizer, prompts["output"], decoding, batch_size, 0, "references", finished=answered)
+        generate_responses(model, tokenizer, prompts["output"], decoding, batch_size, 0, "references", finished=answered, ends=ends)
 
 
 # ---------------------------------------------------------------------------------------------------------- a classifier

@@ -7,8 +7,9 @@ is over, and `role_headings`, the literal texts that announce a turn. Add a mode
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FOLDER = REPOSITORY / "configs" / "chat_templates"
 TOKENIZER_OWN = "tokenizer"
 _MARK = "\ue000"  # a private-use character, which no instruction holds
+_DAY = "26 Jul 2024"  # what a template that prints today's date prints: prompts are the same on every day
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ChatTemplate:
             rendered, _ = render_jinja_template(
                 [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise InputError(f"chat template '{self.name}': it cannot be rendered ({type(error).__name__}: {error})") from None
         return rendered[0]
 
@@ -81,6 +83,19 @@ class ChatTemplate:
         return text.strip("\n ")
 
 
+def own_source(source: str) -> str:
+    """A tokenizer's template; where it prints today's date, the same date on every day."""
+    if "strftime_now" not in source:
+        return source
+    _say_once(f"chat template 'tokenizer': it prints today's date, which is {_DAY} on every day here")
+    return f"{{%- macro strftime_now(format) %}}{_DAY}{{% endmacro %}}{source}"
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def template_names() -> list[str]:
     """The names that `load_template` knows."""
     return sorted(path.stem for path in FOLDER.glob("*.jinja")) + [TOKENIZER_OWN]
@@ -98,7 +113,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
             raise InputError("chat template 'tokenizer': this tokenizer has no chat template of its own")
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         stops = tuple(sorted({str(token) for token in tokenizer.all_special_tokens}))
-        own = ChatTemplate(name, tokenizer.chat_template, stops, stops, special)
+        own = ChatTemplate(name, own_source(tokenizer.chat_template), stops, stops, special)
         if (count := own.render(_MARK).count(_MARK)) != 1:
             raise InputError(f"chat template 'tokenizer': a prompt holds the instruction {count} times, expected once")
         return own
@@ -125,7 +140,38 @@ def _load_file(path: Path) -> ChatTemplate:
     return ChatTemplate(path.stem, source, *lists)
 
 
+def encode_instructions(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, instructions: list[str]) -> list[list[int]]:
+    """Token ids of the prompts of instructions. A control token that an instruction spells out is text, not a control token."""
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control |= {*template.stop_strings, *template.role_headings} & tokenizer.get_added_vocab().keys()
+    control = {token for token in control if len(token) > 1}
+    if not control:
+        return encode_prompts(tokenizer, [template.render(text) for text in instructions])
+    spelled = re.compile("|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in sorted(control)))
+    return encode_prompts(tokenizer, [template.render(spelled.sub(rf"\g<0>{_MARK}", text)) for text in instructions])
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-    """Token ids of rendered prompts; the tokenizer adds its special tokens unless the prompt already starts with them."""
-    bos = tokenizer.bos_token
-    return [tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), truncation=False)["input_ids"] for prompt in prompts]
+    """Token ids of rendered prompts.
+
+    The tokenizer adds the special tokens that it puts before a text, unless the prompt already starts with the first; what it puts after
+    a text would end the prompt, and is left out. A prompt is encoded in pieces where `_MARK` stands in it.
+    """
+    bos, encoded = tokenizer.bos_token, []
+    for prompt in prompts:
+        first, *others = prompt.split(_MARK)
+        plain = tokenizer(first, add_special_tokens=False, truncation=False)["input_ids"]
+        ids = plain if bos and first.startswith(bos) else _without_end(tokenizer(first, truncation=False)["input_ids"], plain)
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        encoded.append(ids + [token for text in others for token in tokenizer(text, add_special_tokens=False)["input_ids"]])
+    return encoded
+
+
+def _without_end(ids: list[int], plain: list[int]) -> list[int]:
+    """`ids`, which holds the ids of the `plain` text, up to where these end."""
+    if not plain:
+        return ids
+    starts = (start for start in range(len(ids) - len(plain) + 1) if ids[start : start + len(plain)] == plain)
+    start = next(starts, None)
+    return ids if start is None else ids[: start + len(plain)]

@@ -93,8 +93,8 @@ def trainer_pass(policy: nn.Module, rows: int, prompt: int, response: int, train
         Bytes that it adds at its peak, the gradients of the trained weights included, and the kernels that it launches.
     """
     if checkpointing:
-        checkpoint_in_eval_mode(policy)
         policy.pretrained_model.gradient_checkpointing_enable()
+        checkpoint_in_eval_mode(policy)
     with torch.device("meta"), torch.set_grad_enabled(trained), _Follower(policy) as alive:
         places = torch.zeros(rows * response, dtype=torch.long)
         inputs = {"input_ids": torch.zeros(rows, prompt + response, dtype=torch.long), "rows": places, "columns": places}

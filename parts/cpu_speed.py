@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 ENABLED = True
 ROWS = 32  # that are sampled at a time: a larger batch holds more padding and runs slower
 TOKENS = 1024  # in a forward pass without gradients: that many keep a CPU busy, and more fall out of its caches
-GROUPED = "grouped_sdpa"  # the name of `_grouped_attention` among transformers' kinds of attention
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,53 +142,13 @@ def short_sequences(model: nn.Module) -> Iterator[None]:
 def one_token_at_a_time(model: PreTrainedModel, rows: int) -> Iterator[None]:
     """While the block runs, passes over one new token of each of `rows` rows take least time; longer passes give the same results.
 
-    Weights are copied into oneDNN's own layout where oneDNN computes: they may change before the block, not inside it. Attention is
-    `_grouped_attention` where transformers' SDPA is.
+    Weights are copied into oneDNN's own layout where oneDNN computes: they may change before the block, not inside it.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and _by_onednn(layer.weight)]
-    regrouped = configs_of(model, "sdpa") if ENABLED and next(model.parameters()).device.type == "cpu" else []
-    if regrouped:
-        _register_grouped_attention()
     try:
-        for config in regrouped:
-            config._attn_implementation = GROUPED
         for layer in layers:
             layer.pack(layer.weight.data, rows)
         yield
     finally:
         for layer in layers:
             layer.unpack()
-        for config in regrouped:
-            config._attn_implementation = "sdpa"
-
-
-def _grouped_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: object,
-) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, which gives every query head a copy of its keys and values, without the copies for a single new token.
-
-    The query heads that share a key head become that head's query positions: [batch, key heads, heads / key heads, size].
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if query.shape[1] == key.shape[1] or query.shape[2] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    batch, heads, _, size = query.shape
-    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(batch, 1, heads, size), None
-
-
-@functools.cache
-def _register_grouped_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(GROUPED, _grouped_attention)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)

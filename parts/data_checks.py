@@ -146,9 +146,9 @@ class Tokens:
     max_prompt_length: int
 
     def of_prompt(self, text: str) -> int:
-        from parts.chat_templates import encode_prompts
+        from parts.chat_templates import encode_instructions
 
-        return len(encode_prompts(self.tokenizer, [self.template.render(text)])[0])
+        return len(encode_instructions(self.tokenizer, self.template, [text])[0])
 
     def of_output(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from parts.adapters import gives_base_back, is_plain, put_on
 from parts.batching import batches_by_length, pad
 from parts.cpu_speed import most_rows, one_token_at_a_time, use_onednn
 from parts.errors import InputError
 from parts.files import read_json
-from parts.models import loading
+from parts.models import load_causal_lm, loading
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedTokenizerBase
+    from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+
+    from parts.chat_templates import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -81,33 +88,82 @@ def row_seed(seed: int, stream: str, row: int, sample: int = 0) -> int:
     return int(np.random.Philox(key=draw_key(seed, stream, row, sample)).random_raw()) >> 1
 
 
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, template: ChatTemplate | None = None
+) -> frozenset[int]:
+    """The tokens at which a response is over: the tokenizer's own, the model's, and stop strings that are special tokens.
+
+    Args:
+        generation: the model's generation settings, whose `eos_token_id` is one or a list.
+        template: its stop strings that are special tokens would never be found in a text, which leaves special tokens out.
+    """
+    named = getattr(generation, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])}
+    if template is not None:
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        ends |= {special.get(stop) for stop in template.stop_strings} - {tokenizer.unk_token_id}
+    return frozenset(ends - {None})
+
+
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding, draws: torch.Tensor, eos_token_id: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    draws: torch.Tensor,
+    ends: Collection[int],
+    rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """One response to each prompt, all of them in one batch; rows that have ended leave it.
+
+    A model whose layers keep more than keys and values would count padding among what it has read: its prompts go in batches of one length.
 
     Args:
         model: a causal LM in eval mode.
         prompts: token ids, at least one each.
         draws: [prompts, max_new_tokens] numbers in [0, 1), one for each token that may be drawn.
+        ends: the tokens at which a response is over.
+        rows: the prompts' numbers in messages, from 0.
 
     Returns:
-        Token ids of each response, up to and with the first end-of-sequence token.
+        Token ids of each response, up to and with the first of `ends`.
+
+    Raises:
+        FloatingPointError: the logits of a row are not finite.
     """
     device = next(model.parameters()).device
-    ids, mask = pad(prompts, eos_token_id, "left", device)
+    names = list(range(len(prompts))) if rows is None else rows
+    cache = _roomy_cache(model, max(map(len, prompts)) + decoding.max_new_tokens)
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if recurrent and len(lengths) > 1:
+        responses: list[list[int]] = [[] for _ in prompts]
+        for length in lengths:
+            part = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+            found = sample(model, [prompts[place] for place in part], decoding, draws[part], ends, [names[place] for place in part])
+            for place, response in zip(part, found):
+                responses[place] = response
+        return responses
+
+    takes = _forward_arguments(model)
+    ids, mask = pad(prompts, prompts[0][0], "left", device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = _roomy_cache(model, ids.shape[1] + decoding.max_new_tokens)
-    responses: list[list[int]] = [[] for _ in prompts]
+    responses = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts still in the batch; -1 for one that has ended and not left yet
     for step in range(decoding.max_new_tokens):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        chosen = decoding.choose(output.logits[:, -1], draws[[max(row, 0) for row in rows], step])
-        for place, token in enumerate(chosen.tolist()):
+        given = {"past_key_values": cache, "cache_params": cache, "position_ids": positions, "logits_to_keep": 1}
+        given |= {} if recurrent else {"attention_mask": mask}
+        output = model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in takes})
+        logits = output.logits[:, -1]
+        chosen = decoding.choose(logits, draws[[max(row, 0) for row in rows], step])
+        for place, (token, largest) in enumerate(zip(chosen.tolist(), logits.amax(dim=-1).tolist())):
             if rows[place] >= 0:
+                if not math.isfinite(largest):
+                    raise FloatingPointError(
+                        f"row {names[rows[place]] + 1}: the logits of token {step + 1} are {largest}, expected numbers"
+                    )
                 responses[rows[place]].append(token)
-                if token == eos_token_id:
+                if token in ends:
                     rows[place] = -1
         ended = rows.count(-1)
         if ended == len(rows):
@@ -116,10 +172,57 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         if ended * 8 >= len(rows):  # moving the others costs a copy of the cache
             stay = torch.tensor([place for place, row in enumerate(rows) if row >= 0], device=device)
-            cache.batch_select_indices(stay)
+            cache.reorder_cache(stay)
             ids, positions, mask = ids[stay], positions[stay], mask[stay]
             rows = [row for row in rows if row >= 0]
     return responses
+
+
+def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
+    """The names that a model's forward pass takes, PEFT's wrapper aside."""
+    return inspect.signature(_base_of(model).forward).parameters
+
+
+def _base_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def check_sampling(model: PreTrainedModel) -> None:
+    """Compare what `sample` computes, with padding, cache and rows that leave, with the model's own pass over each row alone.
+
+    Raises:
+        InputError: the distributions of the next token differ by more than rounding, or the model cannot be sampled this way.
+    """
+    first = torch.randint(model.get_input_embeddings().weight.shape[0], (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:21], first[21:22] * 3, first[22:24] * 2, first[18:21]]
+    seen: list[torch.Tensor] = []
+
+    class Forced(Decoding):
+        """Tokens that are given beforehand in place of draws."""
+
+        def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            seen.extend(zip(draws.tolist(), logits.float().softmax(dim=-1)))
+            return tokens[draws.long()].to(logits.device)
+
+    steps = 3
+    tokens = torch.tensor([row[:steps] for row in forced]).flatten()
+    places = torch.arange(len(tokens)).reshape(len(prompts), steps)
+    name = model.config.name_or_path or type(_base_of(model)).__name__
+    try:
+        own = {}
+        for row, (prompt, answer) in enumerate(zip(prompts, forced)):
+            ids = torch.tensor([prompt + answer[: steps - 1]], device=next(model.parameters()).device)
+            own |= dict(zip(places[row].tolist(), model(input_ids=ids, use_cache=False).logits[0, -steps:].float().softmax(dim=-1)))
+        with ready_to_sample(model, len(prompts)):
+            sample(model, prompts, Forced(steps), places, {forced[1][0]})
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise InputError(f"{name}: cannot be sampled with a cache ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    difference = max((own[place] - found).abs().sum().item() / 2 for place, found in seen)
+    if not difference <= (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.2):
+        raise InputError(
+            f"{name}: sampling with a cache gives other probabilities than the model's own pass (by {difference:.2g}), expected a model that samples alike"
+        )
 
 
 def _roomy_cache(model: PreTrainedModel, length: int) -> Cache:
@@ -144,7 +247,7 @@ def _roomy_cache(model: PreTrainedModel, length: int) -> Cache:
             self.keys, self.values = (room[..., :end, :] for room in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
+        def reorder_cache(self, indices: torch.Tensor) -> None:
             end = self.keys.shape[-2]
             self.room = tuple(room[indices] for room in self.room)
             self.keys, self.values = (room[..., :end, :] for room in self.room)
@@ -159,14 +262,18 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     """While the block runs, the model is in the form in which a token costs least.
 
     LoRA is added to copies of the weights. The weights themselves come back untouched (adding and subtracting would round them a little
-    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. The output
-    head gets its input contiguous.
+    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. The output head gets its
+    input contiguous. An adapter that is more than LoRA's two matrices stays as PEFT has it.
     """
     from peft.tuners.lora import Linear as LoraLinear
 
+    if not all(is_plain(config.to_dict()) for config in getattr(model, "peft_config", {}).values()):
+        yield  # what is more than two matrices may sit on any weight, or on one twice
+        return
     lora = [layer for layer in model.modules() if isinstance(layer, LoraLinear) and not layer.disable_adapters]
-    # Variants of LoRA (DoRA ...) are more than a difference of weights.
-    lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32 and not layer.lora_variant]
+    lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32]
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    lora = [layer for layer in lora if holders[id(layer.get_base_layer().weight)] == 1]  # others would get the sum too
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
     # The last position alone is a slice, for which PyTorch's linear copies the head's weights once a row.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
@@ -198,6 +305,7 @@ def generate_responses(
     finished: Callable[[int, list[int]], None] | None = None,
     stream: str = "",
     samples: Sequence[int] | None = None,
+    ends: Collection[int] | None = None,
 ) -> list[list[int]]:
     """Sample one response to each prompt. It depends on seed, stream and the numbers of row and sample, not on the batch it is drawn in.
 
@@ -211,10 +319,12 @@ def generate_responses(
         finished: called with each prompt's place and response as soon as its batch is done.
         stream: what has draws of its own (`draw_key`).
         samples: which of its row's samples each response is, where a row is drawn for more than once; 0 by default.
+        ends: the tokens at which a response is over; by default the tokenizer's and the model's.
 
     Returns:
-        Token ids of each response in the order of `prompts`, up to and with the first end-of-sequence token.
+        Token ids of each response in the order of `prompts`, up to and with the first end token.
     """
+    ends = end_tokens(tokenizer, model.generation_config) if ends is None else ends
     rows = list(range(len(prompts))) if rows is None else rows
     samples = [0] * len(prompts) if samples is None else samples
     batch_size = most_rows(batch_size, next(model.parameters()).device)
@@ -222,9 +332,9 @@ def generate_responses(
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar, ready_to_sample(model, batch_size):
         for places in batches_by_length(list(map(len, prompts)), batch_size, longest_first=True):
-            numbers = [rows[place] for place in places], [samples[place] for place in places]
-            draws = row_draws(seed, numbers[0], decoding.max_new_tokens, stream, numbers[1])
-            found = sample(model, [prompts[place] for place in places], decoding, draws, tokenizer.eos_token_id)
+            numbers = [rows[place] for place in places]
+            draws = row_draws(seed, numbers, decoding.max_new_tokens, stream, [samples[place] for place in places])
+            found = sample(model, [prompts[place] for place in places], decoding, draws, ends, numbers)
             for place, response in zip(places, found):
                 responses[place] = response
                 tokens += len(response)
@@ -254,19 +364,24 @@ class HFEngine:
     def __init__(
         self, base: str, tokenizer: PreTrainedTokenizerBase, device: str, batch_size: int, cache_dir: str | None = None, dtype: str = ""
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
-        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-        with loading(base, "a causal language model"):
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), cache_dir=cache_dir)
         self.name_or_path = base
-        self.model = use_onednn(model.to(device).eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+        self._place = {"device": device, "cache_dir": cache_dir}
+        self._model: PreTrainedModel | None = self._load(device, cache_dir)
+        self._checked = False  # once for all adapters of LoRA's two matrices
+
+    def _load(self, device: str, cache_dir: str | None) -> PreTrainedModel:
+        model = load_causal_lm(self.name_or_path, getattr(torch, self.dtype), cache_dir)
+        return use_onednn(model.to(device).eval().requires_grad_(False))
 
     @property
-    def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+    def model(self) -> PreTrainedModel:
+        """The base, loaded again where an adapter did not leave it as it was."""
+        if self._model is None:
+            self._model = self._load(**self._place)
+        return self._model
 
     def generate(
         self,
@@ -279,23 +394,25 @@ class HFEngine:
         description: str | None = None,
         stream: str = "",
         samples: Sequence[int] | None = None,
+        ends: Collection[int] | None = None,
     ) -> None:
         """One response to each prompt, handed to `finished(place, token ids)` as it is done.
 
         It is the base model's with `adapter`, or that of the base model itself where there is none.
         """
-        from peft import PeftModel
-
-        how = (decoding, self.batch_size, seed, description, rows, finished, stream, samples)
+        how = (decoding, self.batch_size, seed, description, rows, finished, stream, samples, ends)
         if adapter is None:
+            check_sampling(self.model)
             generate_responses(self.model, self.tokenizer, prompts, *how)
             return
-        with loading(adapter, f"an adapter of {self.name_or_path}"):
-            model = PeftModel.from_pretrained(self.model, adapter).eval()
+        model, plain = put_on(self.model, adapter, self.name_or_path), gives_base_back(adapter)
         try:
+            if not (plain and self._checked):
+                check_sampling(model)
+                self._checked |= plain
             generate_responses(model, self.tokenizer, prompts, *how)
         finally:
-            self.model = model.unload()
+            self._model = model.unload() if plain else None
 
 
 class VLLMEngine:
@@ -317,7 +434,7 @@ class VLLMEngine:
         ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
         rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks, default=0))
         with loading(base, "a model for vLLM"):
-            positions = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_length)
+            positions = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "max_position_embeddings", max_length)
             length = min(max_length, positions)
             self.engine = LLM(model=base, dtype=dtype or "auto", enable_lora=bool(ranks), max_lora_rank=rank, max_model_len=length)
         self.tokenizer = tokenizer
@@ -338,6 +455,7 @@ class VLLMEngine:
         description: str | None = None,
         stream: str = "",
         samples: Sequence[int] | None = None,
+        ends: Collection[int] | None = None,
     ) -> None:
         """As `HFEngine.generate`; vLLM batches by itself and shows its own progress bar."""
         from vllm import SamplingParams
@@ -354,7 +472,7 @@ class VLLMEngine:
                 top_p=decoding.top_p,
                 top_k=decoding.top_k or -1,
                 seed=None if current_platform.is_cpu() else row_seed(seed, stream, row, sample),
-                stop_token_ids=[self.tokenizer.eos_token_id],
+                stop_token_ids=sorted(ends or [self.tokenizer.eos_token_id]),
                 skip_special_tokens=False,
             )
             for row, sample in zip(rows, samples or [0] * len(rows))

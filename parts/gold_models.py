@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
+from parts.adapters import adapter_weights, is_lora, put_on, read_kind
 from parts.batching import batches_by_length, pad
-from parts.chat_templates import TOKENIZER_OWN, load_template
+from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, own_source
 from parts.cli import Settings, setting
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
@@ -69,19 +72,35 @@ class GoldSettings(Settings):
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
-    """Token ids of one user turn and one assistant turn in the tokenizer's own chat template, the last `max_length` of them.
+    """Token ids of one user turn and one assistant turn in the tokenizer's own chat template.
 
-    A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair.
+    A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair. Ids beyond `max_length` are cut on the
+    left, after a first BOS or CLS. A template that fails without a system turn gets an empty one.
     """
+    return encode_row(tokenizer, query, response, max_length)[0]
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> tuple[list[int], list[int]]:
+    """As `encode_conversation`, with the token types of a pair; other ids have the type 0."""
     if not tokenizer.chat_template:
-        ids = tokenizer(query, response)["input_ids"]
-    else:
-        template = load_template(TOKENIZER_OWN, tokenizer)
-        text = template.render_chat(
-            [{"role": "user", "content": query}, {"role": "assistant", "content": response}], add_generation_prompt=False
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-max_length:]
+        tokenizer.truncation_side = "left"
+        found = tokenizer(query, response, truncation="longest_first", max_length=max_length)
+        return found["input_ids"], found.get("token_type_ids", [0] * len(found["input_ids"]))
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    template = ChatTemplate(TOKENIZER_OWN, own_source(tokenizer.get_chat_template()), (), (), special)
+    turns = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    try:
+        text = template.render_chat(turns, add_generation_prompt=False)
+    except InputError:
+        text = template.render_chat([{"role": "system", "content": ""}, *turns], add_generation_prompt=False)
+    ids = _cut_left(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], max_length)
+    return ids, [0] * len(ids)
+
+
+def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int) -> list[int]:
+    """The last `max_length` ids; a BOS or CLS stays before them."""
+    kept = 1 if ids[:1] and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
+    return ids if len(ids) <= max_length else ids[:kept] + ids[len(ids) - max_length + kept :]
 
 
 class _GoldRewardModel(ABC):
@@ -136,24 +155,29 @@ class _GoldRewardModel(ABC):
         if len(batch["query"]) != len(batch["response"]):
             raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
         encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
+        lengths = [len(ids) for ids, _ in encoded]
         tokens = most_tokens(self.settings.gold_batch_tokens, self.model.device)
-        for rows in batches_by_length(list(map(len, encoded)), self.batch_size, tokens):
-            scores = require_finite(self._score_ids([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
+        for rows in batches_by_length(lengths, self.batch_size, tokens):
+            scores = require_finite(self._score_rows([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
             yield rows, scores
 
-    def encode(self, query: str, response: str) -> list[int]:
-        """Token ids of one row, truncated on the left to `max_length`."""
-        return encode_conversation(self.tokenizer, query, response, self.max_length)
+    def encode(self, query: str, response: str) -> tuple[list[int], list[int]]:
+        """Token ids of one row, truncated on the left to `max_length`, and their types."""
+        return encode_row(self.tokenizer, query, response, self.max_length)
 
     @torch.inference_mode()
-    def _score_ids(self, encoded: list[list[int]]) -> list[float]:
-        return self.score_batch(*pad(encoded, self.pad_token_id, device=self.model.device)).float().tolist()
-
-    pad_token_id: int
+    def _score_rows(self, encoded: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        ids, mask = pad([ids for ids, _ in encoded], self.padding([ids for ids, _ in encoded]), device=self.model.device)
+        types, _ = pad([types for _, types in encoded], 0, device=self.model.device)
+        return self.score_batch(ids, mask, types).float().tolist()
 
     @abstractmethod
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[rows, time] ids and mask, padded on the right, to [rows] scores."""
+    def padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """The id that pads rows of these ids."""
+
+    @abstractmethod
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
+        """[rows, time] ids, mask and types, padded on the right, to [rows] scores."""
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -196,8 +220,6 @@ class StarlingRMForInference(_GoldRewardModel):
             user turn, as the published scoring script did (probably by mistake).
     """
 
-    pad_token_id = 0
-
     def __init__(
         self,
         name_or_path: str = DEFAULT_GOLD,
@@ -211,17 +233,21 @@ class StarlingRMForInference(_GoldRewardModel):
 
         settings = settings or GoldSettings()
         with loading(tokenizer_name, "a tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
         model = _load_model(_starling_class(), name_or_path, device, settings)
         super().__init__(model, tokenizer, name_or_path, batch_size, max_length, settings)
 
-    def encode(self, query: str, response: str) -> list[int]:
+    def encode(self, query: str, response: str) -> tuple[list[int], list[int]]:
         if self.settings.human_assistant_prefix:
             query = f"\n\nHuman: {query}\n\nAssistant: "
         text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
-        return self.tokenizer(text)["input_ids"][-self.max_length :]
+        ids = _cut_left(self.tokenizer, self.tokenizer(text)["input_ids"], self.max_length)
+        return ids, [0] * len(ids)
 
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def padding(self, rows: Sequence[Sequence[int]]) -> int:
+        return 0
+
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids, attention_mask)
 
 
@@ -268,30 +294,68 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         settings = settings or GoldSettings()
-        adapter = Path(name_or_path) / "adapter_config.json"
-        is_adapter = adapter.is_file()
+        is_adapter = (Path(name_or_path) / "adapter_config.json").is_file()
         base = adapter_base(name_or_path) if is_adapter else name_or_path
-        # A reward adapter carries the head itself; a plain model must bring it, or its scores would be random numbers.
-        if is_adapter and read_json(adapter)["task_type"] != "SEQ_CLS":
-            raise InputError(f"{adapter}: task_type is {read_json(adapter)['task_type']!r}, expected SEQ_CLS, a reward model's")
-        with loading(base, "a reward model's tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(base)
-        model = _load_model(AutoModelForSequenceClassification, base, device, settings, new_head=is_adapter)
+        if is_adapter and read_kind(name_or_path).get("task_type") not in (None, "SEQ_CLS"):
+            task = read_kind(name_or_path)["task_type"]
+            raise InputError(f"{name_or_path}/adapter_config.json: task_type is {task!r}, expected SEQ_CLS, a reward model's")
+        own = is_adapter and (Path(name_or_path) / "tokenizer_config.json").is_file()
+        with loading(name_or_path if own else base, "a reward model's tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path if own else base, trust_remote_code=False)
+        brought = adapter_weights(name_or_path) if is_adapter else ()
+        model = _load_model(AutoModelForSequenceClassification, base, device, settings, is_adapter, brought)
         if is_adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name_or_path)
-            if not settings.quantized:  # merged into 8 bits, the demo gold's scores were far off
+            model = put_on(model, name_or_path, base)
+            # Merged into 8 bits, the demo gold's scores were far off; half precision would round.
+            if not settings.quantized and model.dtype == torch.float32 and is_lora(name_or_path):
                 model = model.merge_and_unload()
         if model.config.num_labels != 1:
             raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = model.config.pad_token_id
-        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, tokenizer.model_max_length), settings)
+        self.config = model.config.get_text_config()
+        limits = [max_length, tokenizer.model_max_length, _positions(model)]
+        super().__init__(model, tokenizer, name_or_path, batch_size, min(limits), settings)
+        self._types = "token_type_ids" in tokenizer.model_input_names
+        pad_token_id = self.config.pad_token_id
+        self._pad = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < self.config.vocab_size else None
+        if not self._batches_are_alike():
+            self.batch_size = 1
 
-    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+    def padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """The model's own padding, or an id that no row holds: the score is read where the last other id is."""
+        if self._pad is not None:
+            return self._pad
+        used = set().union(*rows)
+        return next(token for token in range(self.config.vocab_size) if token not in used)
+
+    def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
+        given = {"token_type_ids": token_types} if self._types else {}
+        before = self.config.pad_token_id
+        if self._pad is None and len(input_ids) > 1:
+            self.config.pad_token_id = self.padding(input_ids.tolist()) if attention_mask.all() else int(input_ids[attention_mask == 0][0])
+        try:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits[:, 0]
+        finally:
+            self.config.pad_token_id = before
+
+    def _batches_are_alike(self) -> bool:
+        """Whether two rows of unequal length score together as each alone; where they do not, rows are scored one by one."""
+        first = [token for token in range(self.config.vocab_size) if token != self._pad][:12]
+        rows = [(first, [0] * 12), (first[5:10], [0] * 5)]
+        try:
+            together = self._score_rows(rows)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        close = 1e-4 if self.model.dtype == torch.float32 else 0.05
+        return bool(np.allclose(together, [self._score_rows([row])[0] for row in rows], rtol=close, atol=close))
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Most tokens that a model has positions for; `sys.maxsize` where there is no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():  # RoBERTa's kind counts from the padding's id on
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+    return limit if limit > 0 else sys.maxsize
 
 
 def load_gold_reward_model(
@@ -347,8 +411,10 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _load_model(cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False) -> PreTrainedModel:
-    """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; missing weights are an error."""
+def _load_model(
+    cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False, brought: Iterable[str] = ()
+) -> PreTrainedModel:
+    """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; weights that are missing, and not brought, are an error."""
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     placement = {"device_map": "auto"} if cuda and device is None else {}
     labels = {"num_labels": 1} if new_head else {}
@@ -369,10 +435,11 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
             dtype=settings.gold_dtype or ("bfloat16" if cuda else "float32"),
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
             **placement,
             **labels,
         )
-    missing = sorted(loaded["missing_keys"])
-    if missing and not new_head:
+    missing = sorted(key for key in loaded["missing_keys"] if not any(name.endswith(f".{key}") for name in brought))
+    if missing:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
     return model if placement or device is None else model.to(device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,10 @@ from parts.errors import InputError
 from parts.files import REPOSITORY, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LOCAL_PREFIXES = (
-    "models/",
-    "outputs/",
-    "assets/",
-    "/",
-    ".",
-    "~",
-)  # names that can only be folders, never on a hub  # names that can only be folders, never on a hub
+LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 
 
 def check_model_name(name_or_path: str) -> None:
@@ -37,6 +32,12 @@ def check_model_name(name_or_path: str) -> None:
         hints = {"models/": "python -m parts.bundled_models", "outputs/demo_backbone": "python train_sft.py --config configs/demo_sft.yaml"}
         hint = next((f"; `{command}` makes it" for start, command in hints.items() if name_or_path.startswith(start)), "")
         raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
+
+
+def check_tokenizer_name(name_or_path: str) -> None:
+    """As `check_model_name`, for a tokenizer: a folder that holds one alone will do."""
+    if not (Path(name_or_path) / "tokenizer_config.json").is_file():
+        check_model_name(name_or_path)
 
 
 def check_device(name: str) -> None:
@@ -86,6 +87,79 @@ def loading(name_or_path: str, what: str) -> Iterator[None]:
         raise InputError(f"{name_or_path}: cannot be loaded as {what} (its weights have other shapes)") from None
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a causal LM's configuration says, read before its weights are.
+
+    Args:
+        name: hub name or folder.
+        positions: most tokens of prompt and response together; None where there is no limit.
+        vocabulary: rows of its embeddings.
+        generation: its generation settings.
+    """
+
+    name: str
+    positions: int | None
+    vocabulary: int
+    generation: GenerationConfig
+
+    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
+        """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""
+        largest = max(max(prompt) for prompt in prompts)
+        if largest >= self.vocabulary:
+            raise InputError(
+                f"{self.name}: the tokenizer gives id {largest}, expected less than the model's vocabulary of {self.vocabulary}"
+            )
+        longest = max(map(len, prompts))
+        if self.positions is not None and longest + new_tokens > self.positions:
+            raise InputError(
+                f"{self.name}: it has {self.positions} positions, and the longest prompt has {longest} tokens: "
+                f"{flag} is {new_tokens}, expected at most {max(self.positions - longest, 0)}"
+            )
+
+
+def read_facts(name_or_path: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None = None) -> ModelFacts:
+    """The facts of a causal LM.
+
+    Raises:
+        InputError: its configuration cannot be read, is no causal LM's, or neither it nor the tokenizer names an end token.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        name_or_path = adapter_base(name_or_path)
+    with loading(name_or_path, "a causal language model"):
+        config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise InputError(f"{name_or_path}: a model with the head of {config.architectures[0]}, expected a causal language model's")
+    try:
+        generation = GenerationConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+    except OSError:  # no file of its own: what the configuration says
+        generation = GenerationConfig.from_model_config(config)
+    if tokenizer.eos_token_id is None and generation.eos_token_id is None:
+        raise InputError(f"{name_or_path}: neither tokenizer nor generation_config.json names an end token, and no response could end")
+    text = config.get_text_config()
+    return ModelFacts(name_or_path, getattr(text, "max_position_embeddings", None), text.vocab_size, generation)
+
+
+def load_causal_lm(name_or_path: str, dtype: torch.dtype, cache_dir: str | None = None, **options: object) -> PreTrainedModel:
+    """A causal LM, all of whose weights are in its files.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks weights: a reward model's folder has no language model's head.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with loading(name_or_path, "a causal language model"):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True, **options
+        )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained causal language model")
+    return model
+
+
 def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer ready for batched generation: padding on the left, with a pad token.
 
@@ -95,7 +169,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTraine
     from transformers import AutoTokenizer
 
     with loading(name_or_path, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -11,11 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
 from parts.cpu_speed import use_onednn
-from parts.models import loading
+from parts.errors import InputError
+from parts.models import load_causal_lm, loading
 from parts.ppo_trainer import FastPPOTrainer
 from parts.processes import join_processes
 
@@ -67,21 +70,37 @@ def ppo_config(settings) -> PPOConfig:
     )
 
 
+def lora_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """`--lora_target_modules` as PEFT takes them: names of modules, or "all-linear" or a regular expression of whole paths alone.
+
+    Raises:
+        InputError: a name that no module has.
+    """
+    if len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*+?()[]{}|^$\\")):
+        return names[0]
+    paths = [path for path, _ in model.named_modules()]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            linear = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))})
+            raise InputError(f"--lora_target_modules holds {name!r}, expected modules of the model: {', '.join(linear)} ... or all-linear")
+    return names
+
+
 def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithValueHead:
     """The policy with LoRA and a value head. The reference model is the same weights with the adapter disabled."""
     set_seed(settings.seed)  # the same new weights on every rank
     # LoRA and the value head stay in fp32 on bf16 weights; DeepSpeed keeps fp32 masters of its own.
     deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if settings.bf16 or deepspeed_bf16 else torch.float32
-    with loading(settings.model_name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype)
+    model = load_causal_lm(settings.model_name, dtype, settings.cache_dir or None)
+    targets = lora_targets(model, settings.lora_target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         bias="none",
-        target_modules=settings.lora_target_modules,
+        target_modules=targets,
     )
     with loading(settings.model_name, f"a policy with LoRA on {', '.join(settings.lora_target_modules)}"):
         return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model.requires_grad_(False)), peft_config=lora)

@@ -25,7 +25,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,64 +37,30 @@ from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, s
 from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
-from parts.cpu_speed import linear, short_sequences
+from parts.cpu_speed import short_sequences
 from parts.errors import InputError
-from parts.generation import Decoding, ready_to_sample, sample
+from parts.generation import Decoding, check_sampling, end_tokens, ready_to_sample, sample
+from parts.logprobs import TokenLogProbs, WayToLogits
 from parts.rows import QTYPES
 
 TOKENS_PER_PASS = 2048  # of passes without gradients, which keep no activations
-LOGITS_PER_CHUNK = 2**23  # fp32 numbers in memory at a time: 32 MiB
 
 
-# --------------------------------------------------------------------------------------- log-probabilities without logits
+# ------------------------------------------------------------------------------------------------------------- the policy
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """[tokens, hidden] states and their labels to log-probabilities and entropies, [tokens] each.
-
-    The gradient of a token's log-probability by its hidden state is worked out in the forward pass, chunk by chunk, while the
-    chunk's probabilities are at hand: (W[label] - probabilities @ W), through the soft cap where the model has one.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, labels: torch.Tensor, head: nn.Linear, soft_cap: float | None):
-        wants_gradient = ctx.needs_input_grad[0]
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropies = torch.empty_like(logprobs)
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits = head(hidden[part]).float()
-            if soft_cap:
-                logits = torch.tanh(logits / soft_cap) * soft_cap
-            slope = 1 - (logits / soft_cap) ** 2 if soft_cap and wants_gradient else None
-            chosen = logits.gather(1, labels[part, None])
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            logprobs[part] = (chosen - normaliser).squeeze(1)
-            logits -= normaliser
-            probabilities = logits.exp()
-            # Summed product by product: normaliser minus mean logit would lose three digits to cancellation.
-            entropies[part] = -(probabilities * logits).sum(dim=1)
-            if wants_gradient:
-                by_logit = probabilities.neg_().scatter_add_(1, labels[part, None], torch.ones_like(chosen))
-                if slope is not None:
-                    by_logit *= slope
-                gradient[part] = linear(by_logit.to(head.weight.dtype), head.weight.t())
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(ctx, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * by_logprob[:, None].to(gradient.dtype), None, None, None)
-
-
-def predict_or_forward(policy: nn.Module, *args, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, **inputs):
+def predict_or_forward(
+    policy: nn.Module,
+    *args,
+    way: WayToLogits | None = None,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+    **inputs,
+):
     """The policy's forward pass: TRL's own, or, with `rows` and `columns`, only what PPO needs at these places.
 
     Args:
+        way: from hidden states to logits, where it is known already.
         rows, columns: [tokens] places in `input_ids` of the tokens that predict the response's tokens, which follow them.
         inputs: `input_ids` [batch, time], padded on the right.
 
@@ -104,10 +70,9 @@ def predict_or_forward(policy: nn.Module, *args, rows: torch.Tensor | None = Non
     if rows is None:
         return type(policy).forward(policy, *args, **inputs)
     input_ids = inputs["input_ids"]
-    base = base_model(policy)
-    hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
-    soft_cap = getattr(base.config, "final_logit_softcapping", None)
-    logprobs, entropies = _TokenLogProbs.apply(hidden, input_ids[rows, columns + 1], base.get_output_embeddings(), soft_cap)
+    way = way or WayToLogits(base_model(policy))
+    hidden = way.backbone(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+    logprobs, entropies = TokenLogProbs.apply(hidden, input_ids[rows, columns + 1], way)
     return logprobs, entropies, policy.v_head(hidden).squeeze(-1).float()
 
 
@@ -117,32 +82,69 @@ def base_model(policy: nn.Module) -> nn.Module:
     return model.get_base_model() if policy.is_peft_model else model
 
 
-def _teach_to_predict(policy: nn.Module) -> None:
-    """Give a policy the forward pass above. It is set on the object, so that DDP and DeepSpeed call it through their own.
+def _teach_to_predict(policy: nn.Module) -> Callable:
+    """Give a policy the forward pass above, and return it. It is set on the object: DDP, DeepSpeed and autocast call it through their own.
 
     Raises:
-        InputError: there is no linear output head, or it is trained, which this trainer's gradients leave out.
+        InputError: there is no output head, or weights are trained that the gradients of `TokenLogProbs` leave out.
     """
-    head = base_model(policy).get_output_embeddings()
-    if any(weight.requires_grad for weight in head.parameters()):
+    model = base_model(policy)
+    way = WayToLogits(model)
+    inside = {id(weight) for weight in way.backbone.parameters()} - {id(weight) for weight in way.head.parameters()}
+    if any(weight.requires_grad and id(weight) not in inside for weight in model.parameters()):
         raise InputError("the policy's output head is among the trained modules, expected LoRA on other modules")
-    if not isinstance(head, nn.Linear):
-        raise InputError("the policy has no linear output head, expected a causal language model")
-    policy.forward = functools.partial(predict_or_forward, policy)
+    policy.forward = forward = functools.partial(predict_or_forward, policy, way=way)
+    return forward
+
+
+@torch.no_grad()
+def check_log_probabilities(policy: nn.Module, forward: Callable) -> None:
+    """Compare a policy's `forward`, the one above, with the model's own, one row at a time, on a few tokens.
+
+    Raises:
+        InputError: their log-probabilities differ by more than rounding.
+    """
+    model = base_model(policy)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    draw = torch.Generator().manual_seed(0)
+    most = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+    tokens = [torch.randint(most, (length,), generator=draw).to(device) for length in (9, 5)]
+    sequences = _Sequences(tokens, [1] * len(tokens), [len(row) - 1 for row in tokens])
+    with short_sequences(model):
+        found, _, _ = forward(**sequences.inputs(range(len(tokens))))
+    own = torch.cat([model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in tokens])
+    difference = (found - own.gather(1, torch.cat([row[1:] for row in tokens])[:, None]).squeeze(1)).abs().mean().item()
+    if not difference <= (1e-3 if dtype == torch.float32 else 0.1):
+        raise InputError(
+            f"{model.config.name_or_path or type(model).__name__}: PPO's log-probabilities are {difference:.2g} nats off the model's own, "
+            f"expected a model whose way to them is known ({type(model).__name__} is not)"
+        )
 
 
 def checkpoint_in_eval_mode(policy: nn.Module) -> None:
-    """Let gradient checkpointing act in eval mode: layers checkpoint when their own `training` flag is set, which follows the grad
-    mode here, while everything inside them stays as it is."""
+    """Let gradient checkpointing, where it is switched on, act in eval mode.
+
+    A layer checkpoints when its own `training` flag is set, which follows the grad mode here. While the layer runs, the flag is off again:
+    some layers read it for their dropout.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     backbone = base_model(policy).base_model
-    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
+
+    def in_eval_mode(layer: nn.Module, run: Callable, *args: object) -> object:
+        layer.training = False
+        return run(*args)
 
     def follow_grad_mode(module, args):
         for layer in layers:
-            layer.training = torch.is_grad_enabled()
+            layer.training = layer.gradient_checkpointing and torch.is_grad_enabled()
 
+    for layer in layers:
+        checkpointing = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = functools.partial(
+            lambda layer, checkpointing, run, *args: checkpointing(functools.partial(in_eval_mode, layer, run), *args), layer, checkpointing
+        )
     backbone.register_forward_pre_hook(follow_grad_mode)
 
 
@@ -183,19 +185,24 @@ class FastPPOTrainer(PPOTrainer):
     """Drop-in for `trl.PPOTrainer` (0.9.6) with a causal LM as policy; see the head of this file for what differs.
 
     Raises:
-        InputError: the policy is no causal LM with a linear output head, or trains that head.
+        InputError: the policy is no causal LM with an output head, trains that head, or its log-probabilities or samples are not the
+            model's own.
         FloatingPointError: from `step`, where a KL or loss is not finite.
     """
 
     def __init__(self, config, model, *args, **kwargs):
-        _teach_to_predict(model)
-        checkpoint_in_eval_mode(model)
+        forward = _teach_to_predict(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
             super().__init__(config, model, *args, **kwargs)
         self.model_params = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.running_by_qtype = {qtype: RunningMoments(self.accelerator) for qtype in QTYPES}
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+        policy = self.accelerator.unwrap_model(self.model)
+        checkpoint_in_eval_mode(policy)
+        check_log_probabilities(policy.eval(), forward)
+        check_sampling(policy.pretrained_model)
+        self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
         if self.ref_model is not None:
             _teach_to_predict(self.accelerator.unwrap_model(self.ref_model))
 
@@ -219,7 +226,7 @@ class FastPPOTrainer(PPOTrainer):
             generation_kwargs: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`; the draws come from torch's global generator.
 
         Returns:
-            Token ids, [time] each, up to and with the first end-of-sequence token.
+            Token ids, [time] each, up to and with the first of `ends`, the attribute: by default the tokenizer's and the model's.
         """
         ours = set(generation_kwargs) <= {"max_new_tokens", "do_sample", "temperature", "top_p", "top_k"}
         if (
@@ -240,7 +247,8 @@ class FastPPOTrainer(PPOTrainer):
         with ready_to_sample(policy.pretrained_model, batch_size):
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
-                responses += sample(policy.pretrained_model, prompts[part], decoding, draws[part], self.tokenizer.eos_token_id)
+                numbers = range(len(prompts))[part]
+                responses += sample(policy.pretrained_model, prompts[part], decoding, draws[part], self.ends, numbers)
         return [
             torch.tensor(prompt + response if return_prompt else response, device=self.current_device)
             for prompt, response in zip(prompts, responses)

@@ -28,6 +28,7 @@ class Job:
         files: the files to write, each with a fingerprint of all that its responses depend on.
         prompts: token ids by row.
         stream: what has draws of its own, as in `generation.draw_key`.
+        ends: the tokens at which a response is over.
         num_samples: responses to each prompt.
     """
 
@@ -38,6 +39,7 @@ class Job:
     prompts: list[list[int]]
     decoding: Decoding
     stream: str
+    ends: frozenset[int]
     num_samples: int = 1
 
     @property
@@ -89,7 +91,7 @@ def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: 
             places, samples = [number % rows for number in missing], [number // rows for number in missing]
             wanted = [job.prompts[place] for place in places]
             title = target + which if is_main else None
-            engine.generate(job.checkpoint.adapter, wanted, job.decoding, seed, places, finished, title, job.stream, samples)
+            engine.generate(job.checkpoint.adapter, wanted, job.decoding, seed, places, finished, title, job.stream, samples, job.ends)
     processes.wait_for_everyone()
     if not is_main:
         return None

@@ -43,7 +43,7 @@ def read_examples(
     Raises:
         InputError: an unusable row, an empty output, or no row left.
     """
-    from parts.chat_templates import encode_prompts
+    from parts.chat_templates import encode_instructions
 
     rows = check_rows(path, {"input": None, "output": None}, against)
     kept, empty, long_sentence = [], 0, 0
@@ -61,7 +61,7 @@ def read_examples(
             long_sentence += 1
         else:
             kept.append((row["input"], answer))
-    prompts = encode_prompts(tokenizer, [template.render(instruction) for instruction, _ in kept])
+    prompts = encode_instructions(tokenizer, template, [instruction for instruction, _ in kept])
     answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, answer in kept]
     examples = [
         {"input": instruction, "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}

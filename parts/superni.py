@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.chat_templates import ChatTemplate, encode_prompts
+from parts.chat_templates import ChatTemplate, encode_instructions
 from parts.errors import InputError
 from parts.files import read_json, read_text
 from parts.overlap import rouge_l
@@ -92,13 +92,13 @@ def _instances(path: Path, name: str, limit: int) -> list[Instance]:
 
 def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The prompt's tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
-    (tokens,) = encode_prompts(tokenizer, [template.render(instance.instruction)])
+    (tokens,) = encode_instructions(tokenizer, template, [instance.instruction])
     text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
     excess = len(tokens) - PROMPT_TOKENS
     while excess > 0 and text_tokens:
         text_tokens = text_tokens[: max(0, len(text_tokens) - excess)]
         shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
-        (tokens,) = encode_prompts(tokenizer, [template.render(shorter)])
+        (tokens,) = encode_instructions(tokenizer, template, [shorter])
         excess = len(tokens) - PROMPT_TOKENS
     return tokens
 

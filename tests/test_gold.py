@@ -166,7 +166,7 @@ def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
     import shutil
 
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
-    assert gold.facts == {"gold": str(tiny_gold), "weights": gold.facts["weights"], "dtype": "float32", "max_length": 2048,
+    assert gold.facts == {"gold": str(tiny_gold), "weights": gold.facts["weights"], "dtype": "float32", "max_length": 512,
                           "load_in_8bit": False, "load_in_4bit": False, "human_assistant_prefix": False}  # fmt: skip
     settings = GoldSettings(gold_dtype="float32", gold_batch_tokens=60)
     assert load_gold_reward_model(str(tiny_gold), device="cpu", settings=settings).facts == gold.facts  # these are a matter of speed
@@ -212,7 +212,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path):
 
 
 def test_a_policy_is_no_reward_model(tiny_model, tmp_path):
-    config = {"base_model_name_or_path": str(tiny_model), "task_type": "CAUSAL_LM"}
+    config = {"base_model_name_or_path": str(tiny_model), "peft_type": "LORA", "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match="task_type is 'CAUSAL_LM', expected SEQ_CLS"):
         load_gold_reward_model(str(tmp_path), device="cpu")

@@ -109,13 +109,13 @@ def test_rows_that_end_leave_the_batch(policy):
     """With an end-of-sequence token that is drawn now and then, each row is as if it had been alone."""
     prompts = [[number, number + 1] for number in range(20, 36)]
     draws = row_draws(7, range(16), 24)
-    alone = [sample(policy, [prompt], Decoding(24), draws[row : row + 1], eos_token_id=-1)[0] for row, prompt in enumerate(prompts)]
+    alone = [sample(policy, [prompt], Decoding(24), draws[row : row + 1], ends=())[0] for row, prompt in enumerate(prompts)]
     eos = alone[3][5]
     expected = [response[: response.index(eos) + 1] if eos in response else response for response in alone]
     assert len({len(response) for response in expected}) > 2
     sizes = []
     handle = policy.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
-    assert sample(policy, prompts, Decoding(24), draws, eos_token_id=eos) == expected
+    assert sample(policy, prompts, Decoding(24), draws, ends={eos}) == expected
     handle.remove()
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
 
