@@ -325,7 +325,7 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
         )
         model = PeftModel.from_pretrained(model, trained).merge_and_unload()
     else:
-        model = AutoModelForCausalLM.from_pretrained(trained, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(trained, dtype=dtype, trust_remote_code=False)
         model.config.use_cache = base.use_cache
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)

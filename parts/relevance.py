@@ -35,7 +35,7 @@ def load_encoder(name_or_path: str, device: str | None = None, cache_dir: str | 
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    hub = {"cache_dir": cache_dir} if cache_dir else {}
+    hub = {"trust_remote_code": False} | ({"cache_dir": cache_dir} if cache_dir else {})
     with loading(name_or_path, "a relevance model"):
         transformer = Transformer(
             name_or_path,

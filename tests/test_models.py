@@ -226,6 +226,7 @@ def test_code_of_a_folder_is_never_run(tiny_model, rows_file, tmp_path):
         ["run_ppo.py", f"--model_name={tokens}", *PPO, f"--dataset_path={rows_file}", f"--dev_prompt_path={rows_file}"],
         ["-c", ask.format("gold_models import load_gold_reward_model as load", f"load({str(folder)!r}, device='cpu')")],
         ["-c", ask.format("gold_models import load_gold_reward_model as load", f"load({str(tokens)!r}, device='cpu')")],
+        ["-c", ask.format("relevance import load_encoder as load", f"load({str(folder)!r}, device='cpu')")],
     ):
         command = [sys.executable, *map(str, words)]
         done = subprocess.run(command, cwd=REPOSITORY, input="y\n" * 9, capture_output=True, text=True)
