@@ -100,6 +100,8 @@ class MonotonicitySettings(Settings):
             )
         if self.rollouts and (self.model_prefix or self.best_of_n):
             raise InputError("--rollouts are ranked by themselves, expected no --model_prefix and no --best_of_n with them")
+        if self.model_prefix and len(self.best_of_n) > 1:
+            raise InputError("--best_of_n beside --model_prefix is one policy's samples, expected one file")
         if self.rollouts and (not self.gold_scores or self.gold_model):
             raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
         if self.all_designs and not (self.rollouts or self.best_of_n):
@@ -318,6 +320,8 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained)) if settings.best_of_n else []
     )
     curves = [curve for curve in curves if curve.design in designs]
+    if settings.best_of_n and (without := set(designs) - {curve.design for curve in curves}):
+        print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")
     tables = score_proxies(settings, runs)
     models, dtypes = {}, {}
     for path, name in golds.items():
@@ -346,7 +350,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for found, record in zip(scored, records):
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
-    folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
+    folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if curves else [])])}_monotonicity"
     if len(set(designs)) > 1 or curves:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}

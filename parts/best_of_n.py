@@ -14,6 +14,7 @@ from scipy.stats import rankdata, sem
 
 from parts.rank_statistics import bootstrap_interval, paired_difference, spearman, turning_point
 from parts.rows import QTYPES
+from parts.scaling_fits import fit_gains
 
 
 def subset_sizes(count: int) -> list[int]:
@@ -94,7 +95,8 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
     Returns:
         "rows"; by n the means "proxy" and "gold", and "gain", what gold gains over n = 1, with its "standard_error" over prompts (None for
         a lone one); "spearman" of the two curves over n and its "interval" over prompts; "peak", the n of the highest gold;
-        "turning_point", that n if the proxy rises on beyond it; "fall", the `paired_difference` of gold from there to the largest n.
+        "turning_point", that n if the proxy rises on beyond it; "fall", the `paired_difference` of gold from there to the largest n; "scaling",
+        `scaling_fits.fit_gains` of what gold gains.
     """
     gains, several = gold - gold[0], gold.shape[1] > 1
     means = proxy.mean(axis=1), gold.mean(axis=1)
@@ -110,6 +112,7 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
         "peak": sizes[peak],
         "turning_point": turning_point(list(sizes), *means),
         "fall": paired_difference(gold[peak], gold[-1]) if several else None,
+        "scaling": fit_gains("best-of-n", [divergence(n) for n in sizes], gains),
     }
 
 

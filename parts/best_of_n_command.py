@@ -15,7 +15,7 @@ from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
-from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, LINE_STYLES, BestOfN, draw_line, quieten
+from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, LINE_STYLES, BestOfN, draw_fit, draw_line, quieten
 from parts.files import atomic_path, write_json, write_json_lines
 from parts.gold_models import GoldSettings, short_names
 from parts.models import check_device
@@ -24,6 +24,7 @@ from parts.rewards import reward_batch
 from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
+from parts.scaling_fits import describe_fit, fit_gains, fitted_line
 from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts
 
 MOST_BANDS = 6  # lines in a figure; the bands of more hide each other
@@ -211,7 +212,7 @@ def gain_table(sizes: Sequence[int], entries: Mapping[str, dict]) -> list[dict[s
 
 
 def sentences(sizes: Sequence[int], entries: Mapping[str, dict]) -> Iterator[str]:
-    """One line on each ranking whose gold falls while its proxy rises on, as strong as `MOVES` standard errors allow."""
+    """One line on each ranking whose gold falls while its proxy rises on, as strong as `MOVES` standard errors allow; then the fits."""
     for name, entry in entries.items():
         fall = entry["fall"]
         if entry["turning_point"] is not None and fall:
@@ -219,6 +220,9 @@ def sentences(sizes: Sequence[int], entries: Mapping[str, dict]) -> Iterator[str
             noise = -fall["difference"] < MOVES * fall["standard_error"]
             shown = "that is not told from noise" if noise else "the proxy is over-optimised"
             yield f"{name}: gold peaks at n = {entry['peak']} and is lower by {size} at n = {sizes[-1]}, where the proxy is higher: {shown}"
+    for name, entry in entries.items():
+        if entry["scaling"].get("better"):
+            yield f"{name}: {describe_fit(entry['scaling'])}"
 
 
 def write_best_of_n(
@@ -235,7 +239,7 @@ def draw_best_of_n(target: Path, name: str, sizes: Sequence[int], rankings: Sequ
     """Draw the proxies and the golds against n and against the square root of KL, as a PNG of a paper's full width.
 
     One line a ranking. Proxies have scales of their own and are shown as `standard_gains`; gold as what it gains over n = 1. Bands are
-    `curve_band`'s of these gains.
+    `curve_band`'s of these gains, and broken lines `scaling_fits` of the first designs, where these are better than a straight line.
 
     Args:
         target: the file.
@@ -254,7 +258,8 @@ def draw_best_of_n(target: Path, name: str, sizes: Sequence[int], rankings: Sequ
     for gold, label in golds.items():
         title = "gold gain over n = 1" + ("" if len(golds) == 1 else f", {label}")
         rows.append((title, [ranking.gold[gold] - ranking.gold[gold][0] for ranking in rankings]))
-    roots = [divergence(n) ** 0.5 for n in sizes]
+    kl = [divergence(n) for n in sizes]
+    roots = np.sqrt(kl)
     with pyplot.rc_context(FIGURE_STYLE):
         size = (2 * COLUMN_WIDTH, 0.5 + 0.07 * len(rankings) + 1.5 * len(rows))
         figure, grid = pyplot.subplots(len(rows), 2, figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained")
@@ -268,10 +273,16 @@ def draw_best_of_n(target: Path, name: str, sizes: Sequence[int], rankings: Sequ
                         line = LINE_STYLES[turn % len(LINE_STYLES)]
                         draw_line(panel, positions, scores.mean(axis=1), band, line, DESIGN_COLORS[color], ranking.name)
                 quieten(panel)
+        grid[-1, 1].set_xlabel("square root of KL (nats)")
+        for panel, (_, tables) in zip(grid[1:, 1], rows[1:]):
+            for gains, color in zip(tables, DESIGN_COLORS):
+                line = fitted_line(fit_gains("best-of-n", kl, gains), kl)
+                if line is not None:
+                    draw_fit(panel, line, color)
+                    grid[-1, 1].set_xlabel("square root of KL (nats); broken: fit d (α − β d)")
         grid[-1, 0].set_xscale("log", base=2)
         grid[-1, 0].set_xticks(sizes, [str(n) for n in sizes])
         grid[-1, 0].set_xlabel("n")
-        grid[-1, 1].set_xlabel("square root of KL (nats)")
         figure.suptitle(f"best of n samples of {name}, {rankings[0].proxy.shape[1]} prompts", fontsize=8)
         figure.legend(*grid[-1, 0].get_legend_handles_labels(), loc="outside lower left", frameon=False, ncols=2)
         with atomic_path(target) as temporary:

@@ -180,6 +180,8 @@ def test_what_is_said_of_a_ranking():
     assert second["gold"] == pytest.approx([3.0, 3.5, 3.0]) and second["standard_error"] == [None] * 3
     assert (second["peak"], second["turning_point"], second["rows"]) == (2, 2, 1)
     assert found["up"]["fall"] == {"difference": 0.0, "standard_error": 0.0} and second["fall"] is None
+    scaling = found["up"]["scaling"]
+    assert (scaling["form"], scaling["points"]) == ("best-of-n", 2) and "expected at least 4" in scaling["reason"]
     assert found["same"]["gain"] == [0.0] * 3 and found["same"]["spearman"] is None and found["same"]["interval"] is None
     assert found["gold itself"]["gold"][2] == pytest.approx(6.0)
 
@@ -246,7 +248,7 @@ def test_all_designs_from_one_scoring(sampled, tiny_gold, tmp_path, monkeypatch)
     assert len([line for line in lines if "facts" in line]) == 3  # the features of all designs, those of one, and gold
 
 
-def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch):
+def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, capsys):
     """The run's own design chooses among the samples; both curves are in one file, one figure and one page."""
     settings = {"repetition_penalty": False, "relevance_scaling": False, "reward_branching": False, "logging_dir": str(tmp_path / "li")}
     for step in (1, 2, 3):
@@ -262,8 +264,18 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch):
     assert run_inside(monkeypatch, *words, "--best_of_n", sampled, "--relevance_model_name=models/all-MiniLM-L6-v2") == 0
     chosen = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
     assert len(chosen) == 17  # the runs' designs are among all
-    assert "best-of-n" in (tmp_path / "li_monotonicity" / "report.html").read_text(encoding="utf-8")
-    assert [entry["design"] for entry in read_json(tmp_path / "li_monotonicity" / "monotonicity.json")["comparison"]["runs"]] == ["LI"]
+    folder = tmp_path / "li+best_of_n_monotonicity"
+    assert "best-of-n" in (folder / "report.html").read_text(encoding="utf-8")
+    content = read_json(folder / "monotonicity.json")
+    assert [entry["design"] for entry in content["comparison"]["runs"]] == ["LI"]
+    assert list(content["scaling"]) == ["li: LI", "best of n: LI"]
+    fit = content["scaling"]["best of n: LI"]["gold"]
+    assert fit == chosen["LI"]["scaling"] and fit["reason"].startswith("3 points")  # n = 2, 4 and 6
+    assert "curve" in read_json(tmp_path / "li_monotonicity" / "monotonicity.json")  # the run's own stays
+    said = capsys.readouterr().out
+    assert "no curve of" not in said
+    assert run_inside(monkeypatch, *words, "--best_of_n", sampled, "--designs", "LI * RP") == 0
+    assert "warning: --best_of_n has no curve of LI\n" in capsys.readouterr().out
 
 
 def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkeypatch, capsys):
@@ -323,6 +335,7 @@ def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: s
         (None, ["--designs", "LI * PR"], "--designs holds 'LI * PR', expected some of LI * RP * relevance, branching; LI * RP"),
         (None, ["--reward_branching=true", "--relevance_scaling=true"], "samples.jsonl: row 1: field 'reference' is missing, expected text"),
         (None, ["--gold_scores=x.csv"], "--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores"),
+        (None, ["{folder}/other.jsonl", "--model_prefix=run"], "--best_of_n beside --model_prefix is one policy's samples, expected one file"),
         (None, ["--rollouts=x.json"], "--rollouts are ranked by themselves, expected no --model_prefix and no --best_of_n with them"),
         (lambda text: text[:-20], [], "samples.jsonl: line 3: broken JSON"),
         (lambda text: text[: text.index("\n") + 1], [], "samples.jsonl: 1 rows, expected the 3 of its record: is the file whole?"),
