@@ -31,6 +31,7 @@ from parts.designs import all_designs, describe_designs, design_totals, rank_des
 from parts.errors import InputError, run_main
 from parts.files import digest, write_json
 from parts.gold_models import DEFAULT_GOLD, GoldSettings
+from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
@@ -43,7 +44,7 @@ from reward_model import FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_ru
 
 @dataclass
 class MonotonicitySettings(Settings):
-    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", path=True)
+    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", written=True)
     model_prefix: list[str] = setting(
         [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
     )
@@ -322,6 +323,9 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
+    output = Path(settings.output_dir)
+    folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
+    hold(folder, *(output / f"{run.name}_monotonicity" for run in runs))
 
     # 2. Scores.
     tables = score_proxies(settings, runs)
@@ -335,7 +339,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         scored.append(replace(scored_run(run, tables[run.name], gold), design=design))
 
     # 3. The answer.
-    output = Path(settings.output_dir)
     records = [
         provenance(
             settings={**asdict(settings), **asdict(gold_settings), **typed},
@@ -352,7 +355,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for found, record in zip(scored, records):
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
-    folder = output / f"{'+'.join(settings.model_prefix)}_monotonicity"
     if len(set(designs)) > 1:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}
@@ -401,11 +403,12 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     elif proxy.dataset_fields:
         raise InputError("--data_path is missing, expected the rows' qtype and reference")
     template = load_template(settings.chat_template_name or "alpaca")
+    folder = Path(settings.output_dir) / "designs"
+    hold(folder)
 
     # 2. Scores.
     from tqdm import tqdm
 
-    folder = Path(settings.output_dir) / "designs"
     reward = proxy.load_reward(template, settings.output_max_length or 512, settings.device or None)
     every = {"every_feature": True} if settings.all_designs else {}
     facts = {**proxy_facts(proxy, template, settings.output_max_length or 512), **every}

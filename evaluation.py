@@ -30,8 +30,9 @@ import yaml
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
-from parts.files import JsonLines, digest, file_digest, read_json, read_text, write_json
-from parts.models import check_device, check_model_name
+from parts.files import JsonLines, clear_leftovers, digest, file_digest, read_json, read_text, write_json
+from parts.locks import hold
+from parts.models import check_device, check_model_name, model_identity
 from parts.rows import match_rows, read_rows
 from parts.runs import Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, superni_path
 
@@ -53,7 +54,7 @@ class EvaluationSettings(Settings):
     peft_model_name: list[str] = setting(
         [], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them", path=True, required=True
     )
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
     engine: str = setting("hf", "what generates: hf (transformers) or vllm", choices=("hf", "vllm"))
     baseline_model_file: str = setting(
@@ -181,6 +182,7 @@ class Job:
         if not meta.is_file() or read_json(meta).get("fingerprint") != self.fingerprint:
             raise InputError(f"{self.target}: exists already, made otherwise (--overwrite=true replaces it)")
         print(f"{self.target}: is there already, made as it would be now")
+        shutil.rmtree(partial_path(self.target), ignore_errors=True)
         return True
 
 
@@ -202,7 +204,7 @@ def plan(
     prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them
     for template in templates.values():
         if "alpaca" in settings.evaluations and ("alpaca", template.name) not in prompts:
-            prompts["alpaca", template.name] = encode_prompts(tokenizer, [template.render(row["instruction"]) for row in data])
+            prompts["alpaca", template.name] = encode_prompts(tokenizer, [template.render_row(row, "instruction") for row in data])
         if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
             prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
     paths = {"alpaca": rollouts_path, "superni": superni_path}
@@ -216,7 +218,7 @@ def plan(
         for evaluation in settings.evaluations:
             decoding = read_decoding(settings, evaluation)
             facts = {
-                "base": settings.base_model_name,
+                "base": model_identity(settings.base_model_name),
                 "adapter": [file_digest(weights), file_digest(checkpoint.folder / "adapter_config.json")],
                 "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
@@ -256,6 +258,9 @@ def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: 
     """
     folder, target, is_main = partial_path(job.target), job.target.name, processes.is_main_process
     marker = folder / "fingerprint"
+    if is_main:
+        for path in (job.target, meta_path(job.target)):
+            clear_leftovers(path)
     if is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == job.fingerprint):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -330,6 +335,7 @@ def write_rollouts(
         rows = superni_rows(instances, [text.strip() for text in texts])
         record["summary"] = summarise(instances, rows)
         print(describe_superni(record["summary"]))
+    job.target.unlink(missing_ok=True)  # never stands beside a record of others
     write_json(meta_path(job.target), record)
     write_json(job.target, rows)
     shutil.rmtree(partial_path(job.target), ignore_errors=True)
@@ -359,6 +365,7 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
         fingerprint = digest([facts, *files, file_digest(job.target)])
         if meta.get("baseline", {}).get("fingerprint") == fingerprint:
             continue
+        hold(job.target)
         if digest(facts) not in rewards:
             rewards[digest(facts)] = proxy.load_reward(job.template, length, settings.device or None)
         score = rewards[digest(facts)].score
@@ -406,6 +413,8 @@ def main() -> None:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, device)
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
+    hold(*(job.target for job in waiting))
+    waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.
     processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files

@@ -134,7 +134,7 @@ class ProxySettings(switches_of(FEATURES)):
     )
     relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances", path=True)
     embedding_cache: str = setting(
-        "", "file that keeps the embeddings of queries and references over runs; empty means for this run", path=True
+        "", "file that keeps the embeddings of queries and references over runs; empty means for this run", written=True
     )
 
     @property

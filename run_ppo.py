@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 from parts.chat_templates import load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import write_json
+from parts.files import clear_leftovers, write_json
+from parts.locks import hold
 from parts.models import check_model_name, load_tokenizer
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
@@ -64,13 +65,13 @@ class PPOSettings(RewardSettings):
     model_name: str = setting("", "causal LM to train: hub name or folder", path=True, required=True, expected="a hub name or a folder")
     tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own", path=True)
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
 
     dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True)
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
     dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
-    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", path=True)
-    logging_dir: str = setting("", "logs; empty means <output_dir>/logs", path=True)
+    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", written=True)
+    logging_dir: str = setting("", "logs; empty means <output_dir>/logs", written=True)
     log_with: str = setting(
         "tensorboard",
         "tracker: tensorboard, wandb or none (metrics.jsonl is always written)",
@@ -182,9 +183,12 @@ def start_or_resume(
 
     say = trainer.accelerator.on_main_process(print)
     if trainer.accelerator.is_main_process:
-        ppo_state.make_room(settings.output_dir, begin)
+        ppo_state.make_room(begin)
+        run_file = ppo_state.run_file(settings)
+        for path in (log.path, run_file):
+            clear_leftovers(path)
         log.keep_until(begin.step if begin.folder else -1)
-        write_json(log.path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
+        write_json(run_file, provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
     if begin.folder is None:
         dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
         dev_means = development_metrics(start)
@@ -206,6 +210,7 @@ def main() -> None:
     from parts import ppo_state
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
+    hold(settings.output_dir, settings.logging_dir)
     begin = ppo_state.find_start(settings)
     for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
         check_model_name(name)

@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.cli import Settings, parse_settings, setting
+from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, read_json, write_json
+from parts.files import atomic_path, clear_leftovers, read_json, write_json
+from parts.locks import hold
 from parts.models import adapter_base, check_model_name, loading
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.rows import is_heldout
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class GoldTrainingSettings(Settings):
     preferences: str = setting("", "preference pairs: .json, .jsonl, or either gzipped", path=True)
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
-    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", path=True)
+    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", written=True)
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
     start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
     pairs: int = setting(5000, "most training pairs (one epoch)")
@@ -58,6 +59,11 @@ class GoldTrainingSettings(Settings):
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate_only:
+            self.output_dir = found_path(self.output_dir)
 
 
 def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
@@ -235,6 +241,14 @@ def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list
     return training, heldout
 
 
+def make_room(output: Path) -> None:
+    """Lock the folder of the adapter. Raises InputError where something else is there, or another process writes it."""
+    hold(output)
+    clear_leftovers(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "adapter_config.json").is_file()):
+        raise InputError(f"--output_dir: {output} is there and is no adapter, expected another place")
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(GoldTrainingSettings, description=__doc__)
@@ -244,6 +258,8 @@ def main() -> None:
     check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
     earlier = earlier_training(settings) if settings.start_from else None
     training, heldout = split_pairs(settings, pairs)
+    if not settings.evaluate_only:
+        make_room(Path(settings.output_dir))
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
 

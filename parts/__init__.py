@@ -9,6 +9,7 @@ floor 0, what needs nothing of ours
 floor 1, files
     files             text, JSON, CSV in; atomic writes out; digests
     rows              files of rows: reading, checking, matching
+    locks             one process at a time in one place
     bradley_terry     the loss of a gold model's training, over rankings
 floor 2, words, names, numbers
     cli               command lines and YAML files into dataclasses of settings

@@ -7,6 +7,7 @@ is over, and `role_headings`, the literal texts that announce a turn. Add a mode
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,18 @@ class ChatTemplate:
     def render(self, instruction: str) -> str:
         """The prompt up to where the response begins."""
         return self.render_chat([{"role": "user", "content": instruction}], add_generation_prompt=True)
+
+    def render_row(self, row: Mapping, field: str) -> str:
+        """The prompt of a row: its turns where it keeps several (`messages`), else its field's text.
+
+        Only a tokenizer's own template knows a system turn; for the others it begins the user's first one.
+        """
+        turns = row.get("messages") or []
+        if len(turns) < 2:
+            return self.render(row[field])
+        if self.name != TOKENIZER_OWN and turns[0]["role"] == "system":
+            turns = [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+        return self.render_chat(turns, add_generation_prompt=True)
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery. Raises InputError where the template fails."""

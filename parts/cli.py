@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -50,6 +50,7 @@ def setting(
     help: str,
     positional: bool = False,
     path: bool = False,
+    written: bool = False,
     required: bool = False,
     least: float | None = None,
     above: float | None = None,
@@ -62,6 +63,7 @@ def setting(
     Args:
         positional: the field takes the words that no `--name` precedes.
         path: the text is a file, a folder or a model: `found_path` is applied to it.
+        written: the text is where something is written, so `normal_path` alone is applied to it.
         required: the text or list cannot be empty.
         least, above, most: bounds of a number; `above` is not allowed itself.
         choices: the texts allowed.
@@ -69,7 +71,15 @@ def setting(
     """
     bounds = {"at least": least, "more than": above, "at most": most}
     words = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
-    rules = {"path": path, "required": required, "least": least, "above": above, "most": most, "choices": tuple(choices)}
+    rules = {
+        "path": path,
+        "written": written,
+        "required": required,
+        "least": least,
+        "above": above,
+        "most": most,
+        "choices": tuple(choices),
+    }
     rules["expected"] = expected or words or " or ".join(choices)
     metadata = {"help": help, "rules": rules}
     if isinstance(default, list):
@@ -78,7 +88,7 @@ def setting(
 
 
 class Settings:
-    """Base of the dataclasses of settings: finds each field's `path`, and checks its other rules.
+    """Base of the dataclasses of settings: normalises each field that holds paths, and checks its other rules.
 
     Raises:
         InputError: a value that its field does not allow.
@@ -87,8 +97,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name, None), field.metadata["rules"]
-            if rules["path"] and value:
-                setattr(self, field.name, [found_path(each) for each in value] if isinstance(value, list) else found_path(value))
+            if value and (change := _change_of(rules)):
+                setattr(self, field.name, [change(each) for each in value] if isinstance(value, list) else change(value))
             if rules["required"] and not value:
                 raise InputError(f"--{field.name} is missing" + (f", expected {rules['expected']}" if rules["expected"] else ""))
             if not _is_allowed(value, rules):
@@ -105,12 +115,31 @@ def _is_allowed(value: object, rules: Mapping) -> bool:
     )
 
 
+def _change_of(rules: Mapping) -> Callable[[str], str] | None:
+    """What is done to the texts of a field that holds paths; None for other fields."""
+    return normal_path if rules["written"] else found_path if rules["path"] else None
+
+
+def normal_path(text: str) -> str:
+    """One spelling for each path: `~` expanded, no doubled or last slash, no `.` or `..` that can go; `.` itself gets its name.
+
+    A leading "./" stays where nothing is there yet: it tells a folder's name from a hub's.
+    """
+    text = os.path.expanduser(text)  # noqa: PTH111 - a Path would drop a leading "./"
+    normal = os.path.normpath(text)
+    if os.path.realpath(normal) != os.path.realpath(text):  # beyond a link, `..` is not the folder that is spelled before it
+        normal = str(Path(text))
+    if Path(normal).name in ("", ".."):
+        return os.path.abspath(normal)
+    return f"./{normal}" if text.startswith("./") and not normal.startswith(".") and not os.path.lexists(normal) else normal
+
+
 def found_path(text: str) -> str:
-    """A path with `~` expanded and no slash at its end; one that is not here, but in the repository, is that one.
+    """`normal_path` of what is read; where it is not here, but in the repository, it is that one.
 
     So scripts find what is shipped (data, models, assets) from any working directory. "file.py:name" is found by its file.
     """
-    text = os.path.expanduser(text.rstrip("/") or text)  # noqa: PTH111 - a Path would drop a leading "./", which no hub name has
+    text = normal_path(text)
     file = Path(text.rpartition(":")[0] if ".py:" in text else text)
     if not file.is_absolute() and not file.exists() and (REPOSITORY / file).exists():
         return str(REPOSITORY / text)
@@ -161,8 +190,8 @@ def parse_settings(
         settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
         for field in dataclasses.fields(cls):
             if not field.init:
-                found = field.metadata["rules"]["path"]
-                setattr(settings, field.name, [found_path(word) if found else word for word in values[field.name]])
+                change = _change_of(field.metadata["rules"])
+                setattr(settings, field.name, [change(word) if change else word for word in values[field.name]])
         parsed.append(settings)
     if typed_only:
         names = [field.name for field in dataclasses.fields(typed_only)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import csv
+import glob
 import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 from parts.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_HOLDER, _REPLACED = ".unfinished", "replaced"  # a folder beside what is being written; the name in it of what is replaced
 
 
 def read_text(path: str | Path) -> str:
@@ -63,6 +66,11 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
+def is_same_path(one: object, other: object) -> bool:
+    """Whether two texts name one file or folder, however they are spelled."""
+    return bool(one and other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -101,16 +109,49 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     Works for files and for directories; an existing target directory is replaced.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary = holder / target.name
-    try:
-        yield temporary
-        if temporary.is_dir() and target.is_dir():
-            target.rename(holder / "replaced")
-        temporary.replace(target)
-    finally:
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_HOLDER, dir=target.parent))
+        temporary = holder / target.name
+        try:
+            yield temporary
+            if temporary.is_dir() and target.is_dir():
+                target.rename(holder / _REPLACED)
+            temporary.replace(target)
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def clear_leftovers(target: str | Path) -> None:
+    """Remove what a kill inside `atomic_path(target)` or `remove_folder(target)` left beside `target`.
+
+    A kill between the two renames of a directory's exchange left nothing at `target`: the new directory, which is whole, is put there.
+    Whoever calls this is alone at `target` (`parts.locks`).
+    """
+    target = Path(target)
+    for holder in target.parent.glob(f".{glob.escape(target.name)}.{'[!.]' * 8}{_HOLDER}"):
+        if (holder / _REPLACED).exists() and (holder / target.name).exists() and not target.exists():
+            (holder / target.name).rename(target)
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a directory so that a kill leaves all of it or nothing under its name."""
+    folder = Path(folder)
+    holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_HOLDER, dir=folder.parent))
+    folder.rename(holder / "removed")
+    shutil.rmtree(holder)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file in what the system says of it: an OSError of a write (a full disk, a quota) does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or isinstance(error, TimeoutError | ConnectionError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -145,10 +186,12 @@ class JsonLines:
     def append(self, *values: object) -> None:
         """Write values, each on a line of its own, and flush. NaN and infinity raise ValueError: they are not JSON."""
         text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
-        with self._appending:
+        with self._appending, naming(self.path):
             self._mend()
+            self._mended = False  # until the lines are whole: a full disk may take a part of them
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            self._mended = True
 
     def _mend(self) -> None:
         """Make the file, or cut off its unfinished last line, once."""

@@ -112,7 +112,7 @@ class _GoldRewardModel(ABC):
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
         names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
         return {
-            "gold": self.name,
+            "gold": "" if Path(self.name).is_dir() else self.name,  # a folder is its weights, however it is spelled
             "weights": weights_digest(self.name, self.model),
             "dtype": self.dtype,
             "max_length": self.max_length,

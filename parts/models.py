@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, read_json
+from parts.files import REPOSITORY, digest, file_digest, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOCAL_PREFIXES = (
-    "models/",
-    "outputs/",
-    "assets/",
-    "/",
-    ".",
-    "~",
-)  # names that can only be folders, never on a hub  # names that can only be folders, never on a hub
+LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
+MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
+_CONTENT = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja", "*/config.json", "*/*.safetensors")
 
 
 def check_model_name(name_or_path: str) -> None:
@@ -37,6 +32,24 @@ def check_model_name(name_or_path: str) -> None:
         hints = {"models/": "python -m parts.bundled_models", "outputs/demo_backbone": "python train_sft.py --config configs/demo_sft.yaml"}
         hint = next((f"; `{command}` makes it" for start, command in hints.items() if name_or_path.startswith(start)), "")
         raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
+
+
+def model_identity(name_or_path: str) -> str:
+    """What a model is known by in caches: a hub's name, or a digest of a folder's weights, configuration and tokenizer, however it is spelled.
+
+    An adapter's base counts too.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    known = []
+    for path in sorted({path for pattern in _CONTENT for path in folder.glob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        content = file_digest(path) if size <= MOST_DIGESTED else (size, path.stat().st_mtime_ns)
+        known.append(f"{path.relative_to(folder)} {content}")
+    if (folder / "adapter_config.json").is_file():
+        known.append(model_identity(adapter_base(folder)))
+    return digest(known)
 
 
 def check_device(name: str) -> None:

@@ -165,14 +165,14 @@ def find_adapters(patterns: Sequence[str]) -> list[Checkpoint]:
     adapters: list[Checkpoint] = []
     for pattern in patterns:
         matches = [Checkpoint(Path(pattern))]
-        if glob.has_magic(pattern):
+        if glob.has_magic(pattern) and not Path(pattern).is_dir():  # a name is a name first
             matches = [point for point in find_checkpoints(pattern) if (point.folder / ADAPTER).is_file()]
             if not matches:
                 raise InputError(f"{pattern}: matches no checkpoint folder")
         for point in matches:
             if not (point.folder / ADAPTER).is_file():
                 raise InputError(f"{point.folder}: no {ADAPTER}, expected a checkpoint folder")
-            if point not in adapters:
+            if not any(point.folder.samefile(other.folder) for other in adapters):
                 adapters.append(point)
     return adapters
 

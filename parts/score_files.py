@@ -29,9 +29,9 @@ class ScoreFileSettings(Settings):
     )
     chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
     output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
-    output: str = setting("", "file for the components of every row, as JSON", path=True)
+    output: str = setting("", "file for the components of every row, as JSON", written=True)
     json: bool = setting(False, "print the means as JSON in place of a table")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from parts.chat_templates import ChatTemplate
 from parts.errors import InputError
 from parts.files import JsonLines, digest, read_csv
+from parts.models import model_identity
 from parts.rows import read_rows, require_finite
 from parts.runs import provenance
 
@@ -104,8 +105,11 @@ def proxy_columns(
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
-    """All that a proxy's score depends on besides the row, for the store."""
+    """All that a proxy's score depends on besides the row, for the store: models by what is in them, a user's function by its code."""
     settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
+    settings |= {name: model_identity(settings[name]) for name in ("relevance_model_name", "reward_model_name") if settings.get(name)}
+    if settings.get("reward_function"):
+        settings["reward_function"] = Path(settings["reward_function"]).name
     return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}
 
 

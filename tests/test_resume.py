@@ -72,7 +72,7 @@ def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tm
         time.sleep(moments.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (tmp_path / ".tiny_step_6.abc" / "tiny_step_6").mkdir(parents=True)  # as a save leaves it that was killed
+    (tmp_path / ".tiny_step_6.abcdefgh.unfinished" / "tiny_step_6").mkdir(parents=True)  # as a save leaves it that was killed
     process = start(command)
     wait_for_steps(process, tmp_path / "tiny", 5)
     process.send_signal(signal.SIGTERM)
