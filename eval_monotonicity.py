@@ -35,7 +35,7 @@ from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
-from parts.rewards import reward_batch
+from parts.rewards import require_scores, reward_batch
 from parts.rows import match_rows
 from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable
 from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
@@ -124,7 +124,7 @@ def design_name(settings: ProxySettings) -> str:
 
     `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
     """
-    if named := getattr(settings, "reward_function", "") or getattr(settings, "reward_model_name", ""):
+    if named := getattr(settings, "functions", "") or getattr(settings, "reward_model_name", ""):
         return named
     symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
     target = f" (target {settings.length_target})" if settings.length_target else ""
@@ -133,7 +133,7 @@ def design_name(settings: ProxySettings) -> str:
 
 
 def _reward_in_words(settings: RewardSettings) -> str:
-    return settings.reward_function or settings.reward_model_name or settings.design
+    return settings.functions or settings.reward_model_name or settings.design
 
 
 def name_designs(runs: Sequence[Run]) -> list[str]:
@@ -184,7 +184,7 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     warn_of_changed_code(checkpoints[-1], proxy)
     name = settings.chat_template_name or trained.get("chat_template_name", "alpaca")
     own = name == TOKENIZER_OWN and trained
-    template = load_template(name, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]) if own else None)
+    template = load_template(name, load_tokenizer(trained.get("tokenizer_name") or trained.get("model_name") or "") if own else None)
     return Run(
         prefix, checkpoints, trained, proxy, references, template, settings.output_max_length or trained.get("output_max_length", 512)
     )
@@ -247,6 +247,8 @@ def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[s
                 proxy_columns(reward, ScoreStore(point.scores, facts), rollout_batch(point, run.references), bar.update)
                 for point in run.checkpoints
             ]
+            for point, table in zip(run.checkpoints, tables[run.name]):
+                require_scores(table["total"], str(point.rollouts))
     return tables
 
 
@@ -418,6 +420,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
             batch = reward_batch(instructions, [outputs[text] for text in instructions], references)
             store = ScoreStore(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.scores.jsonl", facts)
             tables[name] = proxy_columns(reward, store, batch, bar.update, **every)
+            require_scores(tables[name]["total"], name)
 
     # 3. The answer.
     if settings.all_designs:

@@ -100,7 +100,12 @@ def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
     files: list[str] = []
     for checkpoint in checkpoints:
         file = checkpoint.trained.get("dataset_path", "")
-        if file not in files and Path(file).is_file() and file_digest(file) == checkpoint.record.get("data", {}).get("dataset_path"):
+        if (
+            isinstance(file, str)
+            and file not in files
+            and Path(file).is_file()
+            and file_digest(file) == dict(checkpoint.record.get("data") or {}).get("dataset_path")
+        ):
             files.append(file)
     return files
 
@@ -352,7 +357,7 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
     Checkpoints whose proxies are the same share one, so that its encoder loads once.
     """
     from parts.baseline import compare_totals, describe_comparison
-    from parts.rewards import reward_batch
+    from parts.rewards import require_scores, reward_batch
     from parts.scores import proxy_facts
 
     rewards, instructions = {}, [row["instruction"] for row in data]
@@ -372,6 +377,8 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
         ours, theirs = (
             score(reward_batch(instructions, [row["output"] for row in rows], data)) for rows in (job.checkpoint.rows, baseline.rows)
         )
+        for name, table in ((job.target, ours), (settings.baseline_model_file, theirs)):
+            require_scores(table["total"], str(name))
         found = compare_totals(ours, theirs)
         write_json(meta_path(job.target), {**meta, "baseline": {**found, "file": settings.baseline_model_file, "fingerprint": fingerprint}})
         print(f"{job.target} beside {settings.baseline_model_file}")

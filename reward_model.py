@@ -36,7 +36,7 @@ from parts.features import UNBRANCHED, Feature, by_switch, switches_of
 from parts.files import REPOSITORY, code_digest
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
-from parts.rewards import FunctionReward, LearnedReward, check_batch, load_reward_function
+from parts.rewards import FunctionReward, LearnedReward, WeightedRewards, check_batch, load_functions
 from parts.rows import QTYPES, require_finite
 
 if TYPE_CHECKING:
@@ -383,16 +383,28 @@ class ReversedEngineeredRewardForInference:
 class RewardSettings(ProxySettings):
     """Which reward: the proxy, a user's function, or a learned reward model."""
 
-    reward_function: str = setting("", "your own reward in place of the proxy: path/to/file.py:name", path=True)
+    reward_function: list[str] = setting([], "your own reward in place of the proxy: path/to/file.py:name, or several", path=True)
+    reward_weights: list[float] = setting([], "weights of several reward functions; empty means 1 each")
     reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)", path=True)
     reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model", least=1)
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward_function, str):  # a lone one, as older records have it
+            self.reward_function = [self.reward_function] if self.reward_function else []
         super().__post_init__()
+        if self.reward_weights and not self.reward_function:
+            raise InputError("--reward_weights are for --reward_function, which is missing")
         if self.reward_function and self.reward_model_name:
             raise InputError("--reward_function and --reward_model_name are both set, expected one reward")
         if self.is_proxy and not self.on:
             raise InputError("every part of the proxy reward is off, expected at least one to learn from")
+
+    @property
+    def functions(self) -> str:
+        """The reward functions in words, with their weights; empty where there are none."""
+        weights = self.reward_weights or [1.0] * len(self.reward_function)
+        several = len(self.reward_function) > 1 or self.reward_weights
+        return " + ".join(f"{weight:g} * {name}" if several else name for weight, name in zip(weights, self.reward_function))
 
     @property
     def is_proxy(self) -> bool:
@@ -408,11 +420,15 @@ class RewardSettings(ProxySettings):
     def check_reward(self) -> None:
         """Raises InputError for what can be known to be unusable before a model loads."""
         if self.reward_function:
-            load_reward_function(self.reward_function)
+            load_functions(self.reward_function, self.reward_weights)
         elif self.reward_model_name:
             check_model_name(self.reward_model_name)
         elif self.needs_encoder:
             check_model_name(self.relevance_model_name)
+            if self.embedding_cache:
+                from parts.relevance import EmbeddingStore
+
+                EmbeddingStore(self.embedding_cache, "").close()
 
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
@@ -421,17 +437,16 @@ class RewardSettings(ProxySettings):
             *(REPOSITORY / "parts" / name for name in ("features.py", "relevance.py", "chat_templates.py", "overlap.py")),
         ]
         source = {"reward_model.py": code_digest(*own)}
-        if self.reward_function:
-            path = Path(self.reward_function.rpartition(":")[0])
+        for path in dict.fromkeys(Path(function.rpartition(":")[0]) for function in self.reward_function):
             source[path.name if path.name not in source else str(path)] = code_digest(path)
         return source
 
     def load_reward(
         self, template: ChatTemplate, max_sequence_length: int, device: str | None, cache_dir: str | None = None
-    ) -> ReversedEngineeredRewardForInference | FunctionReward | LearnedReward:
+    ) -> ReversedEngineeredRewardForInference | FunctionReward | WeightedRewards | LearnedReward:
         """The reward that these settings describe; `max_sequence_length` is the longest response in tokens."""
         if self.reward_function:
-            return FunctionReward(load_reward_function(self.reward_function), self.reward_function)
+            return load_functions(self.reward_function, self.reward_weights)
         if self.reward_model_name:
             return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size)
         proxy = {field.name: getattr(self, field.name) for field in fields(ProxySettings)}
@@ -452,6 +467,10 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
+    try:
+        RewardSettings(**{**FULL_DESIGN, **found})
+    except InputError as error:
+        raise InputError(f"the run's record: {error}") from None
     found |= {"reward_model_batch_size": batch_size}
     found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
     return RewardSettings(**{**FULL_DESIGN, **found})

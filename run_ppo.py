@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from parts.chat_templates import load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import clear_leftovers, write_json
+from parts.files import check_writable, clear_leftovers, write_json
 from parts.locks import hold
 from parts.models import check_model_name, load_tokenizer
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
@@ -47,7 +47,7 @@ from parts.ppo_metrics import (
     shorten,
 )
 from parts.processes import StopRequest, leave_processes
-from parts.rewards import reward_batch
+from parts.rewards import filled, reward_batch
 from parts.runs import provenance
 from reward_model import RewardSettings
 
@@ -211,6 +211,7 @@ def main() -> None:
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
     hold(settings.output_dir, settings.logging_dir)
+    check_writable(Path(settings.logging_dir) / "metrics.jsonl")
     begin = ppo_state.find_start(settings)
     for name in (settings.model_name, settings.tokenizer_name or settings.model_name):
         check_model_name(name)
@@ -262,7 +263,7 @@ def main() -> None:
 
         # 6. Rewards.
         columns = score_rollouts(reward, batch, texts)
-        rewards = [total - settings.reward_baseline for total in columns["total"]]
+        rewards = [total - settings.reward_baseline for total in filled(columns["total"])]
 
         # 7. The PPO step, TRL's own.
         stats = trainer.step(queries, [torch.tensor(response) for response in responses], [torch.tensor(reward) for reward in rewards])

@@ -31,7 +31,7 @@ from parts.locks import hold
 from parts.models import adapter_base, check_model_name, loading
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.rows import is_heldout
-from parts.runs import provenance
+from parts.runs import RECORD, Checkpoint, provenance
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -215,11 +215,12 @@ def earlier_training(settings: GoldTrainingSettings) -> dict:
     base = adapter_base(folder)
     if Path(base).resolve() != Path(settings.model_name).resolve():
         raise InputError(f"--start_from: {folder} sits on {base}, expected {settings.model_name}")
-    record = read_json(folder / "training_record.json")
+    record = read_json(folder / RECORD)
+    trained = Checkpoint(folder).trained
     for name in ("heldout_share", "heldout_systems"):
         # What was trained on then cannot be held out now.
-        if record["settings"][name] != getattr(settings, name):
-            raise InputError(f"--start_from: {folder} was trained with {name} {record['settings'][name]}, expected the same as now")
+        if trained.get(name) != getattr(settings, name):
+            raise InputError(f"--start_from: {folder} was trained with {name} {trained.get(name)}, expected the same as now")
     return record
 
 

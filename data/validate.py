@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import Tokens, examine, index_prompts
 from parts.errors import InputError, run_main
-from parts.files import write_json
+from parts.files import check_writable, write_json
 from parts.models import check_model_name
 from parts.runs import provenance
 
@@ -64,6 +64,8 @@ def main() -> None:
     inputs = [*settings.files, *settings.against]
     if settings.output and any(Path(settings.output).resolve() == Path(path).resolve() for path in inputs):
         raise InputError(f"--output is {settings.output}, which is one of the files to validate")
+    if settings.output:
+        check_writable(settings.output)
     tokens = load_tokens(settings)
     against = {path: index_prompts(path) for path in settings.against}
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -95,7 +96,9 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name, None), types[field.name])
             value, rules = getattr(self, field.name, None), field.metadata["rules"]
             if value and (change := _change_of(rules)):
                 setattr(self, field.name, [change(each) for each in value] if isinstance(value, list) else change(value))
@@ -103,6 +106,22 @@ class Settings:
                 raise InputError(f"--{field.name} is missing" + (f", expected {rules['expected']}" if rules["expected"] else ""))
             if not _is_allowed(value, rules):
                 raise InputError(f"--{field.name} is {value!r}, expected {rules['expected']}")
+
+
+def _check_type(name: str, value: object, expected: object) -> None:
+    """Raises InputError for a value that the command line could not have given: one out of a record, for example."""
+    if get_origin(expected) is list and isinstance(value, list):
+        for each in value:
+            _check_type(name, each, get_args(expected)[0])
+        return
+    allowed = {float: int | float, int: int, bool: bool, str: str}.get(expected)
+    is_of_type = (
+        isinstance(value, allowed) and (expected is bool or not isinstance(value, bool)) if allowed else get_origin(expected) is not list
+    )
+    if not is_of_type:
+        raise InputError(f"--{name} is {value!r}, expected {'a list' if allowed is None else expected.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name} is {value!r}, expected a finite number")
 
 
 def _is_allowed(value: object, rules: Mapping) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import errno
 import glob
 import gzip
 import hashlib
@@ -51,16 +52,26 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file under a line of column names. Raises InputError for broken quotes, ragged rows, or none."""
+    """The rows of a CSV file under a line of column names; semicolons and tabs part cells too, where that line has no comma.
+
+    Raises:
+        InputError: broken quotes, ragged rows, no rows, or a column's name twice.
+    """
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    text = read_text(path).removeprefix("\ufeff")
+    first = text.split("\n", 1)[0]
+    delimiter = "," if "," in first else next((mark for mark in ";\t" if mark in first), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         rows = list(reader)
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
+    names = reader.fieldnames or []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: column {twice[0]!r} comes twice, expected a name of its own for each")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(reader.fieldnames)} columns")
+            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(names)} columns")
     if not rows:
         raise InputError(f"{path}: no rows, expected at least one under the line of column names")
     return rows
@@ -141,6 +152,19 @@ def remove_folder(folder: str | Path) -> None:
     holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_HOLDER, dir=folder.parent))
     folder.rename(holder / "removed")
     shutil.rmtree(holder)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError where a file cannot be written, before anything is computed for it; its folder is made."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written there ({error.strerror})") from None
 
 
 @contextmanager

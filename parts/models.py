@@ -72,11 +72,17 @@ def adapter_base(adapter: str | Path) -> str:
     Raises:
         InputError: the folder does not exist in either place and the name is not one of a hub.
     """
-    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
+    config = Path(adapter) / "adapter_config.json"
+    base = read_json(config).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{config}: 'base_model_name_or_path' is {base!r}, expected the model that the adapter is for")
     for candidate in (Path(base), REPOSITORY / base):
         if candidate.is_dir():
             return str(candidate)
-    check_model_name(base)
+    try:
+        check_model_name(base)
+    except InputError as error:
+        raise InputError(f"{config}: its base model: {error}") from None
     return base
 
 

@@ -111,6 +111,7 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
     source = settings.reward_source()
     paths = {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
+    defaults = {field.name: [] if callable(field.default_factory) else field.default for field in fields(settings)}  # a record may be older
     code = [name for name in record["reward_source"] | source if record["reward_source"].get(name) != source.get(name)]
     changes = [f"the reward's code has changed since ({', '.join(code)})"] if code else []
     for name in ("dataset_path", "dev_prompt_path"):
@@ -121,14 +122,21 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     changes += [
         f"{name} was {record['settings'].get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
-        if name not in harmless
-        and not (name in paths and is_same_path(record["settings"].get(name), value))
-        and record["settings"].get(name) != value
+        if name not in harmless and not _is_same(record["settings"].get(name, defaults[name]), value, name in paths)
     ]
     if changes and not settings.allow_changed_settings:
         raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
     if changes:
         print(f"{folder}: resumes although {'; '.join(changes)}")
+
+
+def _is_same(recorded: object, value: object, is_path: bool) -> bool:
+    """Whether a setting is what it was; a path in any spelling, and a lone text as well as a list of one."""
+    if isinstance(value, list):
+        recorded = [text for text in [recorded] if text] if isinstance(recorded, str) else recorded
+        if isinstance(recorded, list) and len(recorded) == len(value):
+            return all(_is_same(one, other, is_path) for one, other in zip(recorded, value))
+    return recorded == value or (is_path and is_same_path(recorded, value))
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -188,6 +196,7 @@ def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding,
         start=start,
         reward_source=settings.reward_source(),
         design=settings.design,
+        functions=settings.functions,
         data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
         settings=asdict(settings),
     )
@@ -287,7 +296,7 @@ def make_room(begin: Start) -> None:
 def _card(record: dict) -> str:
     settings = record["settings"]
     if settings["reward_function"]:
-        design = f"the function `{settings['reward_function']}`"
+        design = f"`{record['functions']}`"
     elif settings["reward_model_name"]:
         design = f"the reward model `{settings['reward_model_name']}`"
     else:

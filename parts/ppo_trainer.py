@@ -340,7 +340,13 @@ class FastPPOTrainer(PPOTrainer):
             like = {"dtype": scores.dtype, "device": scores.device}
             spread = self.running.std.to(**like) + torch.finfo(scores.dtype).eps
             center = self.running.mean.to(**like) if config.use_score_norm else 0.0
-            scores = (scores - center) / spread
+            # Equal rewards have a deviation of some roundings of their mean, which is none: TRL divides rounding by it.
+            rounding = 16 * torch.finfo(scores.dtype).eps * self.running.mean.abs().to(**like)
+            scores = (
+                torch.zeros_like(scores)
+                if self.running.std.to(**like) <= rounding and config.use_score_norm
+                else (scores - center) / spread
+            )
         return scores if config.score_clip is None else torch.clip(scores, -config.score_clip, config.score_clip)
 
     def _forward_all(self, model: nn.Module, sequences: _Sequences) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,6 @@ No other module spells one of these names.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, read_json, read_text
+from parts.files import REPOSITORY, JsonLines, read_json
 from parts.rows import read_rows
 
 RECORD = "training_record.json"
@@ -114,8 +113,11 @@ class Checkpoint:
 
     @property
     def trained(self) -> dict:
-        """The settings of the training run; empty where there is no record of them."""
-        return self.record.get("settings", {})
+        """The settings of the training run; empty where there is no record of them. Raises InputError for a broken record."""
+        settings = self.record.get("settings", {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{self.folder / RECORD}: 'settings' is {type(settings).__name__}, expected the settings of a run by name")
+        return settings
 
     @property
     def rollouts(self) -> Path:
@@ -208,8 +210,8 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
     if not trained or not path.is_file():
         return [None] * len(steps)
-    lines = map(json.loads, filter(None, read_text(path).split("\n")))
-    logged = {line["step"]: line["objective/kl"] for line in lines if "objective/kl" in line}
+    lines = [line for line in JsonLines(path).read() if isinstance(line, dict)]
+    logged = {line["step"]: line["objective/kl"] for line in lines if isinstance(line.get("objective/kl"), int | float) and "step" in line}
     kl: list[float | None] = []
     for step in steps:
         near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from parts.chat_templates import load_template
 from parts.cli import Settings, setting
 from parts.errors import InputError
-from parts.files import write_json
+from parts.files import check_writable, write_json
 from parts.models import check_device
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
@@ -54,6 +54,8 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         data = match_rows(settings.data_path, instructions, known, path) if settings.data_path else [{} for _ in rows]
         batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
     rewards.check_reward()
+    if settings.output:
+        check_writable(settings.output)
     check_device(settings.device)
     template = load_template(settings.chat_template_name)
 
