@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from nltk.tokenize import wordpunct_tokenize
 
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.cli import Settings, parse_settings, setting
 from parts.designs import all_designs, describe_designs, design_totals, rank_designs, ranked_systems, read_systems, shared_instructions
 from parts.errors import InputError, run_main
+from parts.features import tokens_of
 from parts.files import digest, write_json
-from parts.gold_models import DEFAULT_GOLD, GoldSettings
+from parts.gold_settings import DEFAULT_GOLD, GoldSettings
 from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
@@ -44,7 +44,9 @@ from reward_model import FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_ru
 
 @dataclass
 class MonotonicitySettings(Settings):
-    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", written=True)
+    output_dir: str = setting(
+        "outputs", "folder that holds the checkpoints, and receives the results", written=True, group=("what to judge", "")
+    )
     model_prefix: list[str] = setting(
         [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
     )
@@ -287,7 +289,7 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         for name, column in tables[0].items()
         if name != "total" and not all(value is None or isinstance(value, str) for value in column)
     }
-    tokens = [[len(wordpunct_tokenize(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
+    tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
     return ScoredRun(

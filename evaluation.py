@@ -50,7 +50,9 @@ EVALUATIONS = ("alpaca", "superni")
 
 @dataclass
 class EvaluationSettings(Settings):
-    base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True)
+    base_model_name: str = setting(
+        "", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True, group=("what to evaluate", "")
+    )
     peft_model_name: list[str] = setting(
         [], "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them", path=True, required=True
     )

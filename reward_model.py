@@ -27,20 +27,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nltk.tokenize import wordpunct_tokenize
-
 from parts.chat_templates import ChatTemplate, load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.features import UNBRANCHED, Feature, by_switch, switches_of
+from parts.features import UNBRANCHED, Feature, by_switch, switches_of, tokens_of
 from parts.files import REPOSITORY, code_digest
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
-from parts.rewards import FunctionReward, LearnedReward, WeightedRewards, check_batch, load_functions
+from parts.rewards import FunctionReward, WeightedRewards, check_batch, load_functions
 from parts.rows import QTYPES, require_finite
 
 if TYPE_CHECKING:
     import torch
+
+    from parts.gold_models import LearnedReward
 
 OPENENDED, CONSTRAINED = QTYPES
 DEFAULT_RELEVANCE = "facebook/contriever"
@@ -339,7 +339,7 @@ class ReversedEngineeredRewardForInference:
         """Fill in the features that read texts, row by row."""
         for row, response in enumerate(batch["response"]):
             text = self.template.strip_response(response) if self.do_strip else response
-            given = {"text": text, "tokens": wordpunct_tokenize(text), **self._options}
+            given = {"text": text, "tokens": tokens_of(text), **self._options}
             for feature, mask in masks.items():
                 if mask[row]:
                     values = {name: given[name] if name in given else batch[name][row] for name in feature.reads}
@@ -383,7 +383,12 @@ class ReversedEngineeredRewardForInference:
 class RewardSettings(ProxySettings):
     """Which reward: the proxy, a user's function, or a learned reward model."""
 
-    reward_function: list[str] = setting([], "your own reward in place of the proxy: path/to/file.py:name, or several", path=True)
+    reward_function: list[str] = setting(
+        [],
+        "your own reward in place of the proxy: path/to/file.py:name, or several",
+        path=True,
+        group=("another reward", "In the proxy's place."),
+    )
     reward_weights: list[float] = setting([], "weights of several reward functions; empty means 1 each")
     reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)", path=True)
     reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model", least=1)
@@ -448,6 +453,8 @@ class RewardSettings(ProxySettings):
         if self.reward_function:
             return load_functions(self.reward_function, self.reward_weights)
         if self.reward_model_name:
+            from parts.gold_models import LearnedReward
+
             return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size)
         proxy = {field.name: getattr(self, field.name) for field in fields(ProxySettings)}
         loading = {"device": device, "batch_size": self.reward_model_batch_size, "cache_dir": cache_dir}

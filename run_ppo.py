@@ -61,13 +61,13 @@ TRACKERS = ("tensorboard", "wandb", "none")
 
 @dataclass
 class PPOSettings(RewardSettings):
-    exp_name: str = setting("ppo", "name of the run, used by the trackers")
+    exp_name: str = setting("ppo", "name of the run, used by the trackers", group=("the model", ""))
     model_name: str = setting("", "causal LM to train: hub name or folder", path=True, required=True, expected="a hub name or a folder")
     tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own", path=True)
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
     cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
 
-    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True)
+    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True, group=("files", ""))
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
     dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
     output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", written=True)
@@ -85,19 +85,19 @@ class PPOSettings(RewardSettings):
         0, "keep this many of the newest checkpoints, and the start; 0 keeps all", least=0, expected="0 or more"
     )
 
-    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process", least=1)
+    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process", least=1, group=("the course of the run", ""))
     save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts", least=1)
     sample_freq: int = setting(10, "steps between sample rollouts on the console", least=1)
     seed: int = setting(42, "seed of initialisation, data order and sampling", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
 
-    max_prompt_length: int = setting(512, "prompts must have fewer tokens than this")
+    max_prompt_length: int = setting(512, "prompts must have fewer tokens than this", least=1, group=("prompts and responses", ""))
     long_prompts: str = setting(
         "error", "what to do with longer ones: 'error' or 'drop'", choices=("error", "drop"), expected="'error' or 'drop'"
     )
     output_max_length: int = setting(512, "longest response in tokens; the reward's max_len", least=1)
     rollout_postprocessing: bool = setting(True, "cut a rollout's tokens at the template's first stop string before the PPO step")
 
-    batch_size: int = setting(16, "prompts per step and process", least=1)
+    batch_size: int = setting(16, "prompts per step and process", least=1, group=("PPO", ""))
     mini_batch_size: int = setting(2, "sequences per forward and backward pass", least=1)
     gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's", least=1)
     ppo_epochs: int = setting(4, "passes over each batch of rollouts", least=1)
@@ -110,12 +110,12 @@ class PPOSettings(RewardSettings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
-    lora_r: int = setting(8, "LoRA rank", least=1)
+    lora_r: int = setting(8, "LoRA rank", least=1, group=("LoRA", ""))
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
-    init_kl_coef: float = setting(0.2, "KL coefficient at the start")
+    init_kl_coef: float = setting(0.2, "KL coefficient at the start", group=("KL", "How far the policy may leave its start."))
     adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach adap_kl_target")
     adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at", above=0)
     adap_kl_horizon: float = setting(10000.0, "samples over which it adapts", above=0)

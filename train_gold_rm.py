@@ -45,18 +45,22 @@ class GoldTrainingSettings(Settings):
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", written=True)
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
     start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
-    pairs: int = setting(5000, "most training pairs (one epoch)")
-    ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
-    heldout_share: float = setting(0.15, "share of the prompts held out")
+    pairs: int = setting(5000, "most training pairs (one epoch)", least=1)
+    ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts", least=1)
+    heldout_share: float = setting(0.15, "share of the prompts held out", above=0, most=1)
     heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
-    heldout_pairs: int = setting(400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged")
-    max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out")
-    batch_size: int = setting(4, "rankings per optimiser step")
-    learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly")
-    lora_r: int = setting(8, "LoRA rank")
-    lora_layers: int = setting(12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
+    heldout_pairs: int = setting(
+        400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged", least=1
+    )
+    max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out", least=1)
+    batch_size: int = setting(4, "rankings per optimiser step", least=1)
+    learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly", above=0)
+    lora_r: int = setting(8, "LoRA rank", least=1)
+    lora_layers: int = setting(
+        12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass", least=1
+    )
     bf16: bool = setting(True, "bf16 autocast")
-    save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
+    save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 

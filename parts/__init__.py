@@ -22,7 +22,7 @@ floor 2, words, names, numbers
 floor 3, what the stages are made of
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
-    gold_models       gold reward models
+    gold_settings     how gold reward models are loaded and run
     generation        prompts in, responses out
     data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary
@@ -33,7 +33,8 @@ floor 3, what the stages are made of
     bundled_models    models from packages, for machines without a hub
 floor 4, made of these
     report            the lines, the figures and the pages of scored runs
-    rewards           what any reward takes and gives; a user's function, a learned model
+    rewards           what any reward takes and gives; users' functions
+    gold_models       gold reward models, which PPO may train against too
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
     sft_data          rows for supervised fine-tuning

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from parts.errors import InputError
 from parts.files import REPOSITORY, read_text
@@ -64,6 +63,8 @@ class ChatTemplate:
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery. Raises InputError where the template fails."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             rendered, _ = render_jinja_template(
                 [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens

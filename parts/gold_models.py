@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,50 +21,15 @@ from torch import nn
 
 from parts.batching import batches_by_length, pad
 from parts.chat_templates import TOKENIZER_OWN, load_template
-from parts.cli import Settings, setting
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
 from parts.files import file_digest, read_json
-from parts.models import adapter_base, check_model_name, loading
+from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
+from parts.models import MOST_DIGESTED, adapter_base, loading
 from parts.rows import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
-MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
-
-
-@dataclass
-class GoldSettings(Settings):
-    """How gold models are loaded and run. Shared by every script that scores with one."""
-
-    gold_batch_tokens: int = setting(
-        16384, "most tokens, padding included, in a gold batch (on a CPU 1,024 at most); a longer row is scored alone"
-    )
-    gold_dtype: str = setting("", "bfloat16 or float32 for the gold weights; empty means bfloat16 on GPUs, float32 on a CPU")
-    load_in_8bit: bool = setting(False, "gold weights in 8 bits (bitsandbytes)")
-    load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
-    human_assistant_prefix: bool = setting(False, "Starling: the instruction in a second frame of Human and Assistant, as published")
-
-    @property
-    def quantized(self) -> bool:
-        return self.load_in_8bit or self.load_in_4bit
-
-    def check_gold(self, names: Sequence[str]) -> None:
-        """Raises InputError for what can be known to be unusable before a model loads."""
-        if self.gold_batch_tokens < 1:
-            raise InputError(f"--gold_batch_tokens is {self.gold_batch_tokens}, expected at least 1")
-        if self.gold_dtype not in ("", "bfloat16", "float32"):
-            raise InputError(f"--gold_dtype is {self.gold_dtype!r}, expected bfloat16 or float32")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
-        if self.quantized and importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
-        for name in names:
-            check_model_name(name)
-        if self.human_assistant_prefix and not any(map(_is_starling, names)):
-            raise InputError("--human_assistant_prefix is for Starling, and no gold model is one")
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
@@ -294,31 +258,11 @@ def load_gold_reward_model(
     """
     cls = SequenceClassificationRMForInference
     tokenizer = {}
-    if _is_starling(name_or_path):
+    if is_starling(name_or_path):
         cls = StarlingRMForInference
         if (Path(name_or_path) / "tokenizer_config.json").is_file():
             tokenizer = {"tokenizer_name": name_or_path}
     return cls(name_or_path, device=device, batch_size=batch_size, settings=settings, **tokenizer)
-
-
-def _is_starling(name_or_path: str) -> bool:
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return "v_head.weight" in _weight_names(folder)
-    return "starling-rm" in name_or_path.lower()
-
-
-def _weight_names(folder: Path) -> Iterable[str]:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return read_json(index)["weight_map"].keys()
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return ()
-    with safe_open(single, framework="pt") as weights:
-        return list(weights.keys())
 
 
 @contextmanager
@@ -363,3 +307,20 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
     if missing and not new_head:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
     return model if placement or device is None else model.to(device)
+
+
+class LearnedReward:
+    """A learned reward model as a reward: the gold stage's models, with `score` for the logs."""
+
+    required_columns = ["query", "response"]
+
+    def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
+        self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
+
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
+        """One float a row."""
+        return self.model.get_reward(batch)
+
+    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """The one column "total"."""
+        return {"total": self.get_reward(batch)}

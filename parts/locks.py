@@ -8,11 +8,13 @@ import platform
 import sys
 import time
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from parts.errors import InputError
 from parts.processes import is_first_process
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _held: dict[Path, FileLock] = {}
 
@@ -27,6 +29,8 @@ def hold(*targets: str | Path) -> None:
     """
     if not is_first_process():
         return
+    from filelock import FileLock, Timeout
+
     for target in map(Path, targets):
         path = Path(os.path.realpath(target.parent)) / f".{target.name}.lock"
         if path in _held:

@@ -1,4 +1,4 @@
-"""What every reward takes and gives, and the rewards besides the proxy: a user's function, a learned reward model.
+"""What every reward takes and gives, and users' functions as rewards. (A learned reward model is one in `parts.gold_models`.)
 
 A reward scores a batch: equally long columns by name, "query" and "response" among them. Its `score` returns named columns, "total"
 among them; its `get_reward` returns the totals.
@@ -6,7 +6,6 @@ among them; its `get_reward` returns the totals.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import inspect
 import sys
@@ -152,7 +151,7 @@ class FunctionReward:
                 raise InputError(f"reward function {self.name} asks for column '{column}', the rows have {', '.join(sorted(batch))}")
         try:
             result = self.function(**{name: column for name, column in given.items() if self.takes_all or name in self.parameters})
-            result = asyncio.run(_finished(result)) if inspect.isawaitable(result) else result
+            result = _finished(result) if inspect.isawaitable(result) else result
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise InputError(
@@ -185,8 +184,14 @@ class FunctionReward:
         return values
 
 
-async def _finished(result: Awaitable) -> object:
-    return await result
+def _finished(result: Awaitable) -> object:
+    """What an async function returns in the end."""
+    import asyncio
+
+    async def wait() -> object:
+        return await result
+
+    return asyncio.run(wait())
 
 
 class WeightedRewards:
@@ -255,22 +260,3 @@ def require_scores(totals: Sequence[float | None], what: str) -> None:
     for number, score in enumerate(totals, start=1):
         if score is None:
             raise InputError(f"{what}: row {number} has no score, expected one of every row to compare")
-
-
-class LearnedReward:
-    """A learned reward model as a reward: the gold stage's models, with `score` for the logs."""
-
-    required_columns = ["query", "response"]
-
-    def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
-        from parts.gold_models import load_gold_reward_model
-
-        self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
-
-    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
-        """One float a row."""
-        return self.model.get_reward(batch)
-
-    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
-        """The one column "total"."""
-        return {"total": self.get_reward(batch)}

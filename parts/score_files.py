@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ScoreFileSettings(Settings):
     files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True, path=True)
     data_path: str = setting(
-        "", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True
+        "", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True, group=("files", "")
     )
     chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
     output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")

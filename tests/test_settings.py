@@ -22,7 +22,7 @@ SCRIPTS = {
     "parts.bundled_models": "BundledModelSettings",
     "reward_model": "RewardSettings",
     "parts.score_files": "ScoreFileSettings",
-    "parts.gold_models": "GoldSettings",
+    "parts.gold_settings": "GoldSettings",
 }
 
 
