@@ -37,7 +37,7 @@ from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import require_scores, reward_batch
 from parts.rows import match_rows
-from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable
+from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable, without_records
 from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
 from reward_model import FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
@@ -77,7 +77,8 @@ class MonotonicitySettings(Settings):
             raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
         if self.all_designs and not self.rollouts:
             raise InputError("--all_designs is for --rollouts; a run is judged by its own design")
-        if not (self.gold_model or self.gold_scores):
+        self.by_default = not (self.gold_model or self.gold_scores)
+        if self.by_default:
             self.gold_model = [DEFAULT_GOLD]
 
 
@@ -168,7 +169,9 @@ def choose_checkpoints(settings: MonotonicitySettings, prefix: str) -> list[Chec
         if without := [step for step in candidates if step not in steps]:
             print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
     if len(steps) < 3:
-        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
+        start = not settings.include_start and not settings.steps and 0 in by_step and by_step[0].rollouts.is_file()
+        hint = " (--include_start=true counts step 0, which has rollouts)" if start else ""
+        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation{hint}")
     checkpoints = [by_step[step] for step in steps]
     require_comparable(checkpoints)
     return checkpoints
@@ -262,7 +265,12 @@ def score_gold(
 
     from parts.gold_models import load_gold_reward_model
 
-    gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
+    try:
+        gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
+    except InputError as error:
+        if not settings.by_default:
+            raise
+        raise InputError(f"--gold_model is missing, and the paper's, {DEFAULT_GOLD}, cannot be loaded ({error})") from None
     facts = gold.facts
     scores: dict[str, np.ndarray] = {}
     with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
@@ -390,7 +398,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
     # 1. Everything a user can get wrong, before any model loads.
-    systems = read_systems(settings.rollouts)
+    systems = read_systems(without_records(settings.rollouts))
     board = read_leaderboard(settings.gold_scores)
     ranked = ranked_systems(systems, board, settings.gold_scores)
     instructions = shared_instructions(systems)

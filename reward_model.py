@@ -437,11 +437,9 @@ class RewardSettings(ProxySettings):
 
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
-        own = [
-            Path(__file__),
-            *(REPOSITORY / "parts" / name for name in ("features.py", "relevance.py", "chat_templates.py", "overlap.py")),
-        ]
-        source = {"reward_model.py": code_digest(*own)}
+        parts = ("features.py", "relevance.py", "chat_templates.py", "overlap.py")
+        own = [Path(__file__), *(REPOSITORY / "parts" / name for name in parts)]
+        source = {str(path.relative_to(REPOSITORY)): code_digest(path) for path in own}
         for path in dict.fromkeys(Path(function.rpartition(":")[0]) for function in self.reward_function):
             source[path.name if path.name not in source else str(path)] = code_digest(path)
         return source

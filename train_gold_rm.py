@@ -126,8 +126,12 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     def encode(instruction: str, text: str) -> list[int]:
         return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
 
+    unfit = {"longer than max_length": 0, "of equal answers": 0}
+
     def fits(pair: Pair) -> bool:
         lengths = [len(encode(pair.instruction, text)) for text in (pair.chosen, pair.rejected)]
+        unfit["of equal answers"] += pair.chosen == pair.rejected
+        unfit["longer than max_length"] += max(lengths) > settings.max_length
         return max(lengths) <= settings.max_length and pair.chosen != pair.rejected
 
     selected = select_pairs(pairs, settings.pairs, fits, rng)
@@ -137,7 +141,12 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
         )
     groups = by_prompt(selected, settings.ranked_together)
     rng.shuffle(groups)
-    print(f"{len(selected)} training pairs in {len(groups)} rankings")
+    longer = sum(pair.longer_wins for pair in pairs)
+    print(
+        f"{len(selected)} training pairs in {len(groups)} rankings, of {len(pairs)} on prompts to train on: the longer answer wins {longer} and "
+        f"the shorter {len(pairs) - longer}, of which as many each are taken, {settings.pairs} at most"
+        + "".join(f"; {count} left out, {what}" for what, count in unfit.items() if count)
+    )
     return encode_rankings(groups, encode, rng)
 
 
@@ -243,6 +252,8 @@ def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list
     training = [pair for pair in rest if not set(pair.systems) & set(settings.heldout_systems)]
     if not heldout or not training:
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
+    of_systems = f", {len(rest) - len(training)} of held-out systems" if len(rest) > len(training) else ""
+    print(f"{settings.preferences}: {len(pairs)} pairs, {len(heldout)} on held-out prompts{of_systems}, {len(training)} to train on")
     return training, heldout
 
 

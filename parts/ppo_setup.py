@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
+from parts.cli import did_you_mean
 from parts.cpu_speed import use_onednn
+from parts.errors import InputError
 from parts.models import loading
 from parts.ppo_trainer import FastPPOTrainer
 from parts.processes import join_processes
@@ -65,6 +69,15 @@ def ppo_config(settings) -> PPOConfig:
     )
 
 
+def check_lora_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Raises InputError for a plain name that no module has: PEFT leaves it out where another name has one."""
+    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    whole = [name for name, _ in model.named_modules()]
+    for name in names:
+        if name.replace(".", "").isidentifier() and not any(own == name or own.endswith(f".{name}") for own in whole):
+            raise InputError(f"--lora_target_modules: the model has no module '{name}'{did_you_mean(name, last)}")
+
+
 def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithValueHead:
     """The policy with LoRA and a value head. The reference model is the same weights with the adapter disabled."""
     set_seed(settings.seed)  # the same new weights on every rank
@@ -73,6 +86,7 @@ def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithV
     dtype = torch.bfloat16 if settings.bf16 or deepspeed_bf16 else torch.float32
     with loading(settings.model_name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype)
+    check_lora_modules(model, settings.lora_target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,

@@ -129,9 +129,21 @@ def agreement(proxy: np.ndarray, gold: np.ndarray) -> dict[str, float | int | No
 
 
 def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int | None:
-    """The step where gold peaks while the proxy still rises after it: over-optimisation. None where there is no such step."""
-    peak = int(np.argmax(gold))
-    return steps[peak] if peak < len(steps) - 1 and max(proxy[peak + 1 :]) > proxy[peak] else None
+    """The step where gold peaks while the proxy still rises after it: over-optimisation. None where there is no such step.
+
+    Args:
+        steps: of the checkpoints.
+        proxy: [checkpoints, rows].
+        gold: [checkpoints, rows]: gold must then fall from its peak by more than 1.96 standard errors over the rows. Or [checkpoints, 1],
+            means, of which nothing tells a fall from chance.
+    """
+    curve, means = proxy.mean(axis=1), gold.mean(axis=1)
+    peak = int(np.argmax(means))
+    beyond = [place for place in range(peak + 1, len(steps)) if curve[place] > curve[peak]]
+    if gold.shape[1] > 1:
+        falls = {place: paired_difference(gold[peak], gold[place]) for place in beyond}
+        beyond = [place for place, fall in falls.items() if fall["difference"] < -1.96 * fall["standard_error"]]
+    return steps[peak] if beyond else None
 
 
 def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float]:
@@ -157,7 +169,7 @@ def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: 
         "pvalue": float(scipy.stats.spearmanr(*curves).pvalue) if rho is not None else None,
         "exact_pvalue": permutation_pvalue(*curves),
         "kendall": kendall(*curves),
-        "turning_point": turning_point(steps, *curves),
+        "turning_point": turning_point(steps, proxy, gold),
     }
     if gold.shape == proxy.shape and proxy.shape[1] > 1:
         found["interval"] = bootstrap_interval(proxy, gold)

@@ -72,6 +72,11 @@ def meta_path(output: str | Path) -> Path:
     return Path(output).with_suffix(".meta.json")
 
 
+def without_records(files: Sequence[str]) -> list[str]:
+    """The files of a pattern such as `alpaca-eval-*.json` that are no records of others (`.meta.json`)."""
+    return [file for file in files if not file.endswith(".meta.json")] or list(files)
+
+
 def scores_path(rollouts: str | Path) -> Path:
     """The file of the scores of a file of rollouts."""
     return Path(rollouts).with_suffix(".scores.jsonl")

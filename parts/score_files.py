@@ -15,7 +15,7 @@ from parts.files import check_writable, write_json
 from parts.models import check_device
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
-from parts.runs import provenance
+from parts.runs import provenance, without_records
 
 if TYPE_CHECKING:
     from typing import Any
@@ -44,7 +44,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     # 1. Everything a user can get wrong, before any model loads.
-    rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in settings.files}
+    rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in without_records(settings.files)}
     known = rewards.dataset_fields
     if known and not settings.data_path:
         raise InputError("--data_path is missing, expected the rows' qtype and reference (or --reward_branching=false)")
