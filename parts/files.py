@@ -46,6 +46,8 @@ def read_json(path: str | Path) -> dict:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: broken JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -204,7 +206,7 @@ class JsonLines:
         for number, line in enumerate(self._whole_lines(), start=1):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise InputError(f"{self.path}: line {number} is broken JSON; delete the file to start again") from None
 
     def append(self, *values: object) -> None:
