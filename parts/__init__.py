@@ -45,3 +45,21 @@ floor 5, the largest
     score_files       the scoring command
     annotators        what annotates rows: an API, a local model, a classifier
 """
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def _stop(number: int, frame: object) -> None:
+    print("\ninterrupted: nothing was begun", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+# A script of this project that is stopped while it still imports: `parts.errors.run_main` takes over from here.
+_main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "-").resolve()
+if _main.suffix == ".py" and _main.parent in (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent / "data"):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:  # as a shell starts what runs behind it
+            signal.signal(_number, _stop)

@@ -80,8 +80,13 @@ def reads_of(module: str, variable: str) -> set[str]:
 def test_every_declared_setting_is_read_and_explained(script, cls):
     fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
     read = reads_of(script, "settings")
-    if script in ("run_ppo", "parts.gold_models"):  # which hand their settings on, or read their own
-        read |= reads_of("parts.ppo_state", "settings") | reads_of("parts.ppo_setup", "settings") | reads_of("parts.gold_models", "self")
+    if script in ("run_ppo", "parts.gold_settings"):  # which hand their settings on, or read their own
+        read |= (
+            reads_of("parts.ppo_state", "settings")
+            | reads_of("parts.ppo_setup", "settings")
+            | reads_of("parts.gold_models", "self")
+            | reads_of("parts.gold_settings", "self")
+        )
     if script == "train_sft":
         read |= reads_of("parts.sft_data", "settings")
     if script in ("run_ppo", "reward_model"):
