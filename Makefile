@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-adapters lint bench
+.PHONY: setup demo ablation test test-adapters lint bench
 
 setup: .venv/installed models/SmolLM2-135M-Instruct
 
@@ -21,6 +21,13 @@ models/SmolLM2-135M-Instruct: .venv/installed
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+# Hours on two cores; stopped at any moment, it resumes. docs/reproduction.md
+ablation: setup outputs/demo_backbone
+	$(BIN)/python examples/ablation.py
+
+outputs/demo_backbone:
+	$(BIN)/python train_sft.py --config configs/demo_sft.yaml --bf16=true
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
-from parts.rewards import require_scores, reward_batch
+from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, checkpoints_of, provenance, read_kl, require_comparable, without_records
 from parts.scores import ScoreStore, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard, score_rows
@@ -104,14 +104,14 @@ class Run:
     @property
     def design(self) -> str:
         """The reward that the run was trained on, in symbols; for a run against a reward model also the proxy that judges it."""
-        if learned := self.trained.get("reward_model_name"):
-            return f"reward model {Path(learned).name} (proxy: {design_name(self.proxy)})"
+        if learned := reward_name(self.trained):
+            return f"reward model {learned if ',' in learned else Path(learned).name} (proxy: {design_name(self.proxy)})"
         return design_name(self.proxy)
 
     @property
     def design_in_words(self) -> str:
         """All that makes one design differ from another."""
-        learned = self.trained.get("reward_model_name")
+        learned = reward_name(self.trained)
         return _reward_in_words(self.proxy) + (f", trained against {learned}" if learned else "")
 
     @property
@@ -127,7 +127,7 @@ def design_name(settings: ProxySettings) -> str:
 
     `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
     """
-    if named := getattr(settings, "functions", "") or getattr(settings, "reward_model_name", ""):
+    if named := getattr(settings, "named", ""):
         return named
     symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
     target = f" (target {settings.length_target})" if settings.length_target else ""
@@ -136,7 +136,7 @@ def design_name(settings: ProxySettings) -> str:
 
 
 def _reward_in_words(settings: RewardSettings) -> str:
-    return settings.functions or settings.reward_model_name or settings.design
+    return settings.named or settings.design
 
 
 def name_designs(runs: Sequence[Run]) -> list[str]:
@@ -444,7 +444,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     means = {name: {design: float(rewards[place].mean()) for design, rewards in totals.items()} for place, name in enumerate(systems)}
     record = provenance(
         settings={**asdict(settings), **typed},
-        model=proxy.reward_model_name or proxy.relevance_model_name,
+        model=proxy.named or proxy.relevance_model_name,
         dtype="float32",
         template=template.name,
         seed=0,

@@ -23,7 +23,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from parts.features import UNBRANCHED, Feature, by_switch, switches_of, tokens_o
 from parts.files import REPOSITORY, code_digest
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
-from parts.rewards import FunctionReward, WeightedRewards, check_batch, load_functions
+from parts.rewards import ENSEMBLES, FunctionReward, WeightedRewards, check_batch, load_functions, reward_name
 from parts.rows import QTYPES, require_finite
 
 if TYPE_CHECKING:
@@ -390,17 +390,32 @@ class RewardSettings(ProxySettings):
         group=("another reward", "In the proxy's place."),
     )
     reward_weights: list[float] = setting([], "weights of several reward functions; empty means 1 each")
-    reward_model_name: str = setting("", "reward model to use in place of the proxy (the paper's baseline rows)", path=True)
+    reward_model_name: list[str] = setting(
+        [], "reward model to use in place of the proxy (the paper's baseline rows); several are an ensemble", path=True
+    )
+    reward_ensemble: str = setting(
+        "mean",
+        "how several reward models become one: mean, wco (the lowest), uwo (mean minus uwo_coefficient * variance)",
+        choices=ENSEMBLES,
+    )
+    uwo_coefficient: float = setting(0.1, "how much the members' variance counts under uwo", least=0)
+    reward_offload: bool = setting(False, "reward models wait in host memory, and are on the GPU one at a time")
     reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model", least=1)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward_function, str):  # a lone one, as older records have it
-            self.reward_function = [self.reward_function] if self.reward_function else []
+        for name in ("reward_function", "reward_model_name"):  # a lone one, as older records have it
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, [text] if text else [])
         super().__post_init__()
         if self.reward_weights and not self.reward_function:
             raise InputError("--reward_weights are for --reward_function, which is missing")
         if self.reward_function and self.reward_model_name:
             raise InputError("--reward_function and --reward_model_name are both set, expected one reward")
+        for name in self.reward_model_name:
+            if sum(Path(other).resolve() == Path(name).resolve() for other in self.reward_model_name) > 1:
+                raise InputError(f"--reward_model_name names {name} twice, expected different reward models")
+        if self.reward_ensemble != "mean" and len(self.reward_model_name) < 2:
+            raise InputError(f"--reward_ensemble is {self.reward_ensemble}, expected at least two --reward_model_name with it")
         if self.is_proxy and not self.on:
             raise InputError("every part of the proxy reward is off, expected at least one to learn from")
 
@@ -410,6 +425,11 @@ class RewardSettings(ProxySettings):
         weights = self.reward_weights or [1.0] * len(self.reward_function)
         several = len(self.reward_function) > 1 or self.reward_weights
         return " + ".join(f"{weight:g} * {name}" if several else name for weight, name in zip(weights, self.reward_function))
+
+    @property
+    def named(self) -> str:
+        """The reward where it is not the proxy: functions, a reward model, or an ensemble of them; else empty."""
+        return self.functions or reward_name(asdict(self))
 
     @property
     def is_proxy(self) -> bool:
@@ -427,7 +447,8 @@ class RewardSettings(ProxySettings):
         if self.reward_function:
             load_functions(self.reward_function, self.reward_weights)
         elif self.reward_model_name:
-            check_model_name(self.reward_model_name)
+            for name in self.reward_model_name:
+                check_model_name(name)
         elif self.needs_encoder:
             check_model_name(self.relevance_model_name)
             if self.embedding_cache:
@@ -453,7 +474,8 @@ class RewardSettings(ProxySettings):
         if self.reward_model_name:
             from parts.gold_models import LearnedReward
 
-            return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size)
+            how = (self.reward_ensemble, self.uwo_coefficient, self.reward_offload)
+            return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size, *how)
         proxy = {field.name: getattr(self, field.name) for field in fields(ProxySettings)}
         loading = {"device": device, "batch_size": self.reward_model_batch_size, "cache_dir": cache_dir}
         return ReversedEngineeredRewardForInference(template, max_sequence_length, **proxy, **loading)

@@ -5,9 +5,10 @@
 
 Each row of the preferences: {"instruction", "output_1", "output_2", "preference": 1 or 2}, and "generator_1", "generator_2" where
 systems are held out. Prompts are held out whole, by a hash of their text. In most preference data the longer answer wins, and a
-model trained on it as it is learns little else: training pairs are therefore balanced so that the longer answer wins half of them.
-Pairs of one prompt are ranked together, so that an answer they share is read once and orders the answers that it was not compared
-with; every ranking brings damaged texts: other prompts' answers, and a preferred answer repeating itself or cut short.
+model trained on it as it is learns little else: training pairs are balanced so that the longer answer wins half of them, unless
+--balanced=false. Pairs of one prompt are ranked together, so that an answer they share is read once and orders the answers that it
+was not compared with; every ranking brings damaged texts, unless --damaged_texts=false: other prompts' answers, and a preferred answer
+repeating itself or cut short.
 
 The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. After an interruption the same command resumes
 from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end.
@@ -47,6 +48,8 @@ class GoldTrainingSettings(Settings):
     start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
     pairs: int = setting(5000, "most training pairs (one epoch)", least=1)
     ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts", least=1)
+    balanced: bool = setting(True, "the longer answer wins one half of the training pairs; false leaves length its natural share")
+    damaged_texts: bool = setting(True, "rank damaged texts below the answers: other prompts' answers, repetition, cut answers")
     heldout_share: float = setting(0.15, "share of the prompts held out", above=0, most=1)
     heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
     heldout_pairs: int = setting(
@@ -114,10 +117,10 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
 
 
 def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """A balanced choice of `pairs`, each prompt's ranked together, as token ids in random order.
+    """A choice of `pairs`, each prompt's ranked together, as token ids in random order.
 
     Raises:
-        InputError: no pair of one half of the balance fits `max_length`.
+        InputError: no pair fits `max_length`, or none of one half of the balance.
     """
     from parts.gold_models import encode_conversation
 
@@ -134,24 +137,24 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
         unfit["longer than max_length"] += max(lengths) > settings.max_length
         return max(lengths) <= settings.max_length and pair.chosen != pair.rejected
 
-    selected = select_pairs(pairs, settings.pairs, fits, rng)
+    selected = select_pairs(pairs, settings.pairs, fits, rng, settings.balanced)
     if not selected:
-        raise InputError(
-            f"{settings.preferences}: no pairs within {settings.max_length} tokens in which now the longer, now the shorter wins"
-        )
+        wanted = " in which now the longer, now the shorter wins" if settings.balanced else ""
+        raise InputError(f"{settings.preferences}: no pairs within {settings.max_length} tokens{wanted}")
     groups = by_prompt(selected, settings.ranked_together)
     rng.shuffle(groups)
     longer = sum(pair.longer_wins for pair in pairs)
+    balance = ", of which as many each are taken" if settings.balanced else ""
     print(
         f"{len(selected)} training pairs in {len(groups)} rankings, of {len(pairs)} on prompts to train on: the longer answer wins {longer} and "
-        f"the shorter {len(pairs) - longer}, of which as many each are taken, {settings.pairs} at most"
+        f"the shorter {len(pairs) - longer}{balance}, {settings.pairs} at most"
         + "".join(f"; {count} left out, {what}" for what, count in unfit.items() if count)
     )
-    return encode_rankings(groups, encode, rng)
+    return encode_rankings(groups, encode, rng, settings.damaged_texts)
 
 
 def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
-    """Train on a balanced choice of `pairs` and write the adapter to `settings.output_dir`."""
+    """Train on a choice of `pairs` and write the adapter to `settings.output_dir`."""
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments, set_seed
@@ -196,9 +199,8 @@ Settings, seed, commit and package versions, also of the adapter it continues: `
 
 **Command.** `{command}`
 
-**Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens: one half with the longer answer
-preferred, the other with the shorter. Up to {settings.ranked_together} pairs of a prompt are ranked together, with two other prompts' answers
-below all of them, and a preferred answer above itself repeated or cut short. Systems never trained on: {systems}.
+**Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens{share}. Up to
+{settings.ranked_together} pairs of a prompt are ranked together{damaged}. Systems never trained on: {systems}.
 
 **Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher):
 
@@ -211,8 +213,12 @@ below all of them, and a preferred answer above itself repeated or cut short. Sy
 def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, float]]) -> None:
     """Write the model card, in place of the empty form that PEFT leaves."""
     rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['n']} |" for name, row in measured.items())
+    share = ": one half with the longer answer preferred, the other with the shorter" if settings.balanced else ", as they come"
+    damaged = ", with two other prompts' answers below all of them, and a preferred answer above itself repeated or cut short"
     card = CARD.format(
         settings=settings,
+        share=share,
+        damaged=damaged if settings.damaged_texts else ", without damaged texts",
         command=shlex.join(["python", *sys.argv]),
         note=settings.data_note,
         systems=", ".join(settings.heldout_systems) or "none",

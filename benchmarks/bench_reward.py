@@ -1,4 +1,4 @@
-"""The reward's speed: the full proxy in one call against one row at a time, LI * RP alone, and memory against rows.
+"""The reward's speed: the full proxy in one call against one row at a time, LI * RP alone, memory against rows, an ensemble.
 
     python benchmarks/bench_reward.py                                    # our evaluation rows, their references as responses
     RER_REAL_DATA=/path/to/data python benchmarks/bench_reward.py --every 5    # real systems' outputs, every fifth row of each file
@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch
 
 from parts.files import REPOSITORY
 from parts.relevance import EmbeddingStore
-from parts.rewards import reward_batch
+from parts.rewards import LearnedReward, reward_batch
 from parts.rows import match_rows, read_rows
 from reward_model import ReversedEngineeredRewardForInference
 
@@ -66,25 +68,8 @@ def main() -> None:
     # 1. LI * RP, one core.
     threads = torch.get_num_threads()
     simple = ReversedEngineeredRewardForInference("alpaca", repetition_penalty=True)
-    unit = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "near",
-        "12",
-        "old",
-        "river",
-        "banks,",
-        "twice",
-        "a",
-        "day.",
-    ]
+    unit = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "near", "12", "old", "river", "banks,", "twice", "a",
+            "day."]  # fmt: skip
     responses = [" ".join(unit[(row + place) % len(unit)] for place in range(185)) for row in range(5000)]
     tokens = statistics.fmean(simple.score({"response": responses})["length"]) * 100
     rate = statistics.median(len(responses) / seconds(lambda: simple.get_reward({"response": responses})) * 60 for _ in range(words.turns))
@@ -121,6 +106,17 @@ def main() -> None:
         print(f"{name}: {statistics.median(ratios):.2f} times as fast as one row at a time ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"device {model.encoder.device}, {threads} threads, at most {model.batch_size} texts a batch")
     print(f"peak memory: {before:.0f} MB after {len(part['response'])} rows, {peak_megabytes():.0f} MB after {count}")
+
+    # 3. An ensemble of reward models beside one of them.
+    with tempfile.TemporaryDirectory() as folder:
+        members = [shutil.copytree(REPOSITORY / "assets" / "demo_gold_rm", Path(folder) / str(number)) for number in range(3)]
+        one, three = LearnedReward(members[:1], None, 32), LearnedReward(members, None, 32, "uwo", 0.1)
+        some = {name: values[:64] for name, values in batch.items()}
+        ratios = []
+        for _ in range(words.turns):
+            alone = seconds(lambda: one.get_reward(some))
+            ratios.append(seconds(lambda: three.get_reward(some)) / alone)
+    print(f"three reward models: {statistics.median(ratios):.2f} times one's time ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

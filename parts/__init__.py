@@ -34,7 +34,6 @@ floor 3, what the stages are made of
 floor 4, made of these
     report            the lines, the figures and the pages of scored runs
     rewards           what any reward takes and gives; users' functions
-    gold_models       gold reward models, which PPO may train against too
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
     sft_data          rows for supervised fine-tuning
@@ -43,6 +42,7 @@ floor 5, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO
     score_files       the scoring command
+    gold_models       gold reward models, which PPO may train against too
     annotators        what annotates rows: an API, a local model, a classifier
 """
 

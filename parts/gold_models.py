@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from parts.errors import InputError
 from parts.files import file_digest, read_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
 from parts.models import MOST_DIGESTED, adapter_base, loading
+from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
 if TYPE_CHECKING:
@@ -310,17 +312,53 @@ def _load_model(cls: type, name_or_path: str, device: str | None, settings: Gold
 
 
 class LearnedReward:
-    """A learned reward model as a reward: the gold stage's models, with `score` for the logs."""
+    """A learned reward model, or an ensemble of them, as a reward: the gold stage's models, with `score` for the logs.
+
+    Args:
+        names: hub names, folders or adapter folders.
+        device: where they score; by default what `load_gold_reward_model` chooses.
+        batch_size: most rows per forward pass.
+        ensemble, coefficient: how several become one, as `ensemble_total` says.
+        offload: keep them in host memory, and on the device only one at a time, for its turn.
+    """
 
     required_columns = ["query", "response"]
 
-    def __init__(self, name_or_path: str, device: str | None, batch_size: int) -> None:
-        self.model = load_gold_reward_model(name_or_path, device=device, batch_size=batch_size)
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: str | None,
+        batch_size: int,
+        ensemble: str = "mean",
+        coefficient: float = 0.0,
+        offload: bool = False,
+    ) -> None:
+        self.ensemble = ensemble
+        self.coefficient = coefficient
+        self.offload = offload
+        self.members = {}
+        for column, name in member_columns(names).items():
+            self.members[column] = load_gold_reward_model(name, device=device, batch_size=batch_size)
+            self.device = self.members[column].model.device
+            self._move(column, "cpu")
 
     def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
         """One float a row."""
-        return self.model.get_reward(batch)
+        return self.score(batch)["total"]
 
     def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
-        """The one column "total"."""
-        return {"total": self.get_reward(batch)}
+        """The column "total"; of an ensemble each member's scores besides, by name, and "disagreement", their standard deviation a row."""
+        scores = {}
+        for column, model in self.members.items():
+            self._move(column, self.device)
+            scores[column] = model.get_reward(batch)
+            self._move(column, "cpu")
+        if len(scores) == 1:
+            return {"total": next(iter(scores.values()))}
+        rows = list(zip(*scores.values()))
+        total = ensemble_total(list(scores.values()), self.ensemble, self.coefficient)
+        return {**scores, "disagreement": [statistics.pstdev(row) for row in rows], "total": total}
+
+    def _move(self, column: str, device: object) -> None:
+        if self.offload:
+            self.members[column].model.to(device)

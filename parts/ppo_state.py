@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from parts.errors import InputError
 from parts.files import atomic_path, clear_leftovers, file_digest, is_same_path, read_json, remove_folder, write_json
 from parts.processes import is_first_process, launched_processes
+from parts.rewards import reward_name
 from parts.runs import RECORD, interrupted_path, provenance
 from parts.runs import checkpoints_of as folders_of
 
@@ -297,8 +298,8 @@ def _card(record: dict) -> str:
     settings = record["settings"]
     if settings["reward_function"]:
         design = f"`{record['functions']}`"
-    elif settings["reward_model_name"]:
-        design = f"the reward model `{settings['reward_model_name']}`"
+    elif named := reward_name(settings):
+        design = f"the reward model `{named}`"
     else:
         design = f"the white-box proxy reward with {record['design']}"
     development = "".join(f"| {name.removeprefix('dev/')} | {value:.4f} |\n" for name, value in record.get("development", {}).items())

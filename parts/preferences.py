@@ -98,9 +98,11 @@ def damaged_pairs(pairs: list[Pair], kinds: Sequence[str], rng: random.Random) -
     return result
 
 
-def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rng: random.Random) -> list[Pair]:
-    """`count` pairs that fit, drawn at random, the longer answer winning one half and the shorter the other, in random order."""
+def select_pairs(pairs: list[Pair], count: int, fits: Callable[[Pair], bool], rng: random.Random, balanced: bool = True) -> list[Pair]:
+    """`count` pairs that fit, drawn at random; `balanced`: the longer answer wins one half and the shorter the other."""
     pairs = rng.sample(pairs, len(pairs))
+    if not balanced:
+        return list(islice(filter(fits, pairs), count))
     halves = [list(islice((pair for pair in pairs if pair.longer_wins is longer and fits(pair)), count // 2)) for longer in (True, False)]
     each = min(map(len, halves))
     return rng.sample(halves[0][:each] + halves[1][:each], 2 * each)
@@ -120,15 +122,19 @@ def implied(comparisons: set[tuple[int, int]]) -> set[tuple[int, int]]:
     return comparisons | {(better, worse) for better, worse in follow if (worse, better) not in comparisons}
 
 
-def encode_rankings(groups: list[list[Pair]], encode: Callable[[str, str], list[int]], rng: random.Random) -> list[dict]:
+def encode_rankings(
+    groups: list[list[Pair]], encode: Callable[[str, str], list[int]], rng: random.Random, damaged_texts: bool = True
+) -> list[dict]:
     """Each group of one prompt's pairs as token ids of its texts, and who beats whom: preferences, foreign answers, other damages.
 
-    The damaged texts are those of the group's first pair. A foreign answer is worse than all of the group's; the preferred answer
-    that repeats itself or ends early is worse than it was whole.
+    The damaged texts, where wanted, are those of the group's first pair. A foreign answer is worse than all of the group's; the
+    preferred answer that repeats itself or ends early is worse than it was whole.
     """
     first = [group[0] for group in groups]
-    damages = [damaged_pairs(first, (FOREIGN,), rng), damaged_pairs(first[::-1], (FOREIGN,), rng)[::-1]]
-    damages.append(damaged_pairs(first, (REPETITION, CUT), rng))
+    damages: list[list[Pair]] = []
+    if damaged_texts:
+        damages = [damaged_pairs(first, (FOREIGN,), rng), damaged_pairs(first[::-1], (FOREIGN,), rng)[::-1]]
+        damages.append(damaged_pairs(first, (REPETITION, CUT), rng))
     rankings = []
     for group, *damaged in zip(groups, *damages):
         texts = list(dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected)))

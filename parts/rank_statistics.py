@@ -187,7 +187,7 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
     """Several runs as one answer, gold by gold: the mean of their correlations, how far they scatter, and a p of that mean.
 
     Returns:
-        By gold: "runs" (name to SpearmanR), "mean", "standard_error" over runs, "pvalue" of the mean where each run's checkpoints are
+        By gold: "runs" (name to SpearmanR), "mean", "standard_error" over runs (None of one), "pvalue" of the mean where each run's checkpoints are
         put in random orders independently (two-sided, `RESAMPLES` draws), and "mean_curves", SpearmanR of the curves
         averaged over runs where all have the same steps. None where a correlation is undefined.
     """
@@ -198,7 +198,7 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
         if None not in rhos.values():
             values = np.array(list(rhos.values()))
             entry["mean"] = float(values.mean())
-            entry["standard_error"] = float(scipy.stats.sem(values))
+            entry["standard_error"] = float(scipy.stats.sem(values)) if len(values) > 1 else None
             rng = np.random.default_rng(0)
             drawn = np.zeros(RESAMPLES)
             for run in runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import statistics
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -260,3 +261,39 @@ def require_scores(totals: Sequence[float | None], what: str) -> None:
     for number, score in enumerate(totals, start=1):
         if score is None:
             raise InputError(f"{what}: row {number} has no score, expected one of every row to compare")
+
+
+ENSEMBLES = ("mean", "wco", "uwo")
+
+
+def ensemble_total(scores: Sequence[Sequence[float]], how: str, coefficient: float) -> list[float]:
+    """One reward a row from the [members][rows] scores of an ensemble.
+
+    "mean" of the members; "wco", worst-case optimisation, the lowest; "uwo", uncertainty-weighted optimisation, the mean less `coefficient`
+    times the members' variance (over members, not of a sample). Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization".
+    """
+    rows = list(zip(*scores))
+    if how == "wco":
+        return [min(row) for row in rows]
+    return [statistics.fmean(row) - (coefficient * statistics.pvariance(row) if how == "uwo" else 0.0) for row in rows]
+
+
+def reward_name(settings: Mapping) -> str:
+    """The reward models of a run's settings in words: a name, or "uwo 0.1 of a, b"; empty where there is none.
+
+    Records of runs from before there were ensembles hold one text.
+    """
+    names = settings.get("reward_model_name") or []
+    names = [names] if isinstance(names, str) else names
+    how = settings.get("reward_ensemble", "mean")
+    how += f" {settings['uwo_coefficient']}" if how == "uwo" else ""
+    return f"{how} of {', '.join(names)}" if len(names) > 1 else "".join(names)
+
+
+def member_columns(names: Sequence[str]) -> dict[str, str]:
+    """A column for each member of an ensemble: the last part of its name, or all of it where that is another's or a column of ours."""
+    last = [Path(name).name for name in names]
+    return {
+        short if last.count(short) == 1 and short not in ("total", "disagreement", *TEXTS) else name: name
+        for short, name in zip(last, names)
+    }

@@ -72,7 +72,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         record = provenance(
             dtype="float32",
             template=template.name,
-            model=rewards.reward_model_name or rewards.relevance_model_name,
+            model=rewards.named or rewards.relevance_model_name,
             reward_source=rewards.reward_source(),
             settings={**asdict(settings), **asdict(rewards)},
         )

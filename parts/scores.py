@@ -108,7 +108,8 @@ def proxy_columns(
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
     """All that a proxy's score depends on besides the row, for the store: models by what is in them, a user's function by its code."""
     settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
-    settings |= {name: model_identity(settings[name]) for name in ("relevance_model_name", "reward_model_name") if settings.get(name)}
+    settings["relevance_model_name"] = model_identity(settings["relevance_model_name"])
+    settings["reward_model_name"] = [model_identity(name) for name in settings["reward_model_name"]]
     if settings.get("reward_function"):
         settings["reward_function"] = [Path(function).name for function in settings["reward_function"]]
     return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}

@@ -234,6 +234,9 @@ def test_training_pairs_are_balanced():
     assert len(selected) == 40 and sum(pair.longer_wins for pair in selected) == 20
     assert "q0" not in {pair.instruction for pair in selected}
     assert len(select_pairs(pairs, 200, lambda pair: True, random.Random(0))) == 60  # the shorter wins 30 of them
+    natural = select_pairs(pairs, 200, lambda pair: pair.instruction != "q0", random.Random(0), balanced=False)
+    assert sum(pair.longer_wins for pair in natural) == 89 and len(natural) == 119
+    assert len(select_pairs(pairs, 40, lambda pair: True, random.Random(0), balanced=False)) == 40
 
 
 def test_damages():
@@ -265,6 +268,8 @@ def test_rankings():
     ]
     assert second["comparisons"][2] == {"kind": CUT, "pairs": [(0, 4)]}
     assert [len(group) for group in by_prompt(pairs * 2, 3)] == [3, 1, 2]
+    undamaged, _ = encode_rankings(groups, lambda instruction, text: [len(text)], random.Random(0), damaged_texts=False)
+    assert undamaged["comparisons"] == first["comparisons"][:1] and undamaged["sequences"] == first["sequences"][:3]
 
 
 def test_what_comparisons_imply():

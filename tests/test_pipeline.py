@@ -171,6 +171,35 @@ def test_other_rewards_and_switches(tiny_model, tiny_gold, rows_file, tmp_path):
     assert [row["scores"]["total"] for row in rows] == pytest.approx(gold, rel=1e-4, abs=1e-6)
 
 
+def test_ppo_against_an_ensemble(tiny_model, tiny_gold, rows_file, tmp_path):
+    """Two reward models, the mean less their variance: each member's score and the total are what the models alone give."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from parts.gold_models import load_gold_reward_model
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_gold, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "score.weight": weights["score.weight"] + 1.0}, other / "model.safetensors", metadata={"format": "pt"})
+    words = ppo_words(tiny_model, rows_file, tmp_path / "tiny", overall_steps=1, reward_ensemble="uwo", uwo_coefficient=0.5,
+                      reward_offload="true")  # fmt: skip
+    done = run_script(*words, "--reward_model_name", tiny_gold, other)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "tiny_step_1" / "development_rollouts.json").read_text(encoding="utf-8"))
+    batch = {"query": [row["input"] for row in rows], "response": [row["response"] for row in rows]}
+    scores = [load_gold_reward_model(str(folder), device="cpu").get_reward(batch) for folder in (tiny_gold, other)]
+    found = [[row["scores"][name] for row in rows] for name in (tiny_gold.name, other.name, "disagreement", "total")]
+    assert found[:2] == [pytest.approx(column, rel=1e-4, abs=1e-6) for column in scores]
+    for one, two, disagreement, total in zip(*found):
+        assert disagreement == pytest.approx(abs(one - two) / 2)
+        assert total == pytest.approx((one + two) / 2 - 0.5 * ((one - two) / 2) ** 2)
+    (line,) = metrics(tmp_path / "tiny")
+    assert line["reward/disagreement"] > 0 and f"reward/{other.name}" in line
+    assert f"the reward model `uwo 0.5 of {tiny_gold}, {other}`" in (tmp_path / "tiny_step_1" / "README.md").read_text(encoding="utf-8")
+
+
 def test_gradient_checkpointing_changes_no_number(tiny_model, rows_file, tmp_path):
     logs = []
     for switch in ("false", "true"):

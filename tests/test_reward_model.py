@@ -14,7 +14,7 @@ from parts.chat_templates import load_template
 from parts.errors import InputError
 from parts.overlap import bleu, rouge_l
 from parts.relevance import EmbeddingStore, RelevanceModel
-from parts.rewards import FunctionReward, load_reward_function, reward_batch
+from parts.rewards import FunctionReward, ensemble_total, load_reward_function, member_columns, reward_batch, reward_name
 from reward_model import (
     ReversedEngineeredRewardForInference,
     RewardSettings,
@@ -456,6 +456,11 @@ def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
     ("settings", "message"),
     [
         ({"reward_function": "a.py:b", "reward_model_name": "owner/rm"}, "are both set, expected one reward"),
+        ({"reward_model_name": ["owner/rm", "owner/rm"]}, "--reward_model_name names owner/rm twice"),
+        ({"reward_model_name": ["./a", "a"]}, "--reward_model_name names ./a twice"),
+        ({"reward_model_name": ["owner/rm"], "reward_ensemble": "wco"}, "--reward_ensemble is wco, expected at least two"),
+        ({"reward_model_name": ["a", "b"], "uwo_coefficient": -0.1}, "--uwo_coefficient is -0.1, expected at least 0"),
+        ({"reward_model_name": ["a", "b"], "reward_ensemble": "worst"}, "--reward_ensemble is 'worst', expected mean or wco or uwo"),
         ({"length_incentive": False}, "every part of the proxy reward is off"),
         ({"length_target": -1}, "--length_target is -1, expected 0"),
     ],
@@ -463,6 +468,22 @@ def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
 def test_reward_settings_that_make_no_sense(settings, message):
     with pytest.raises(InputError, match=message):
         RewardSettings(**settings)
+
+
+def test_how_an_ensemble_becomes_one_reward():
+    scores = [[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]]  # three members, two rows: means 3 and 1, variances 14 / 3 and 2
+    assert ensemble_total(scores, "mean", 0.5) == [3.0, 1.0]
+    assert ensemble_total(scores, "wco", 0.5) == [1.0, 0.0]
+    assert ensemble_total(scores, "uwo", 0.5) == pytest.approx([3 - 7 / 3, 0.0])
+    assert member_columns(["a/one", "b/two", "c/two", "d/total"]) == {
+        "one": "a/one",
+        "b/two": "b/two",
+        "c/two": "c/two",
+        "d/total": "d/total",
+    }
+    assert reward_name({"reward_model_name": "owner/rm"}) == "owner/rm" and reward_name({}) == ""  # a record of an earlier version
+    several = RewardSettings(reward_model_name=["a", "b"], reward_ensemble="uwo", uwo_coefficient=0.5)
+    assert several.named == "uwo 0.5 of a, b" and not several.is_proxy
 
 
 def test_the_worked_example():

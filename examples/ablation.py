@@ -1,0 +1,293 @@
+"""The paper's ablation at small scale: PPO on four designs of the proxy and on a learned reward model, several seeds each.
+
+    python examples/ablation.py                                     # `make ablation`: whatever is not done yet
+    python examples/ablation.py --status=true                       # what is done and what is left
+    python examples/ablation.py --ppo_config configs/demo.yaml --designs LI full --seeds 1 2 3 4 5 --steps 0 6 12 \\
+        --output_dir outputs/demo_seeds --results_dir assets/demo_run/seeds
+
+A cell is one design with one seed: `run_ppo.py`, rollouts of its checkpoints with draws common to all cells, their scores. Cells run side
+by side, seed by seed; stopped at any moment, the same command resumes each where it was. Of a finished cell two files are kept in
+<results_dir>: <design>-<seed>.json, what `eval_monotonicity.py` found with every row's scores, the alignment tax and the commands; and
+<design>-<seed>.rollouts.json.gz, the texts of its first and last checkpoint, so that another gold can judge them later. The table
+(table.md, summary.json) and the figure (ablation.png) are made from the first kind of files alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import yaml
+from scipy.stats import sem
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from parts.cli import Settings, parse_settings, setting  # noqa: E402
+from parts.errors import InputError, run_main  # noqa: E402
+from parts.files import atomic_path, file_digest, read_json, read_text, write_json  # noqa: E402
+from parts.overlap import rouge_l  # noqa: E402
+from parts.rank_statistics import together  # noqa: E402
+from parts.rows import read_rows  # noqa: E402
+from parts.runs import checkpoints_of, meta_path, provenance  # noqa: E402
+
+SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
+DESIGNS = {"LI": 1, "LI-RP": 2, "LI-RP-QR": 3, "full": 4}  # how many of the switches are on, from the left
+LEARNED = "learned"
+COLOURS = {"LI": "#c2570c", "LI-RP": "#b0305c", "LI-RP-QR": "#6a3fb5", "full": "#0b6fb8", LEARNED: "#1f6f4f"}
+
+
+@dataclass
+class AblationSettings(Settings):
+    ppo_config: str = setting("configs/ablation.yaml", "settings of run_ppo.py for every cell", path=True)
+    designs: list[str] = setting([*DESIGNS, LEARNED], f"{', '.join(DESIGNS)}, and {LEARNED}: PPO against a reward model")
+    seeds: list[int] = setting([1, 2, 3], "seeds of PPO")
+    steps: list[int] = setting([], "checkpoints that are evaluated, at least three; by default all that a run saved")
+    reward_model: str = setting("assets/second_gold_rm", f"what {LEARNED} is trained against", path=True)
+    gold_model: list[str] = setting(["assets/demo_gold_rm"], "what judges the rollouts", path=True)
+    data_path: str = setting("data/eval.json", "evaluation rows with qtype and reference", path=True)
+    output_dir: str = setting("outputs/ablation", "checkpoints, rollouts and logs", path=True)
+    results_dir: str = setting("assets/ablation", "what is kept", path=True)
+    side_by_side: int = setting(0, "cells that run at once, each with its share of the cores; 0 means one a core", least=0)
+    bf16: bool = setting(True, "bf16 arithmetic; slower on a CPU without instructions for it")
+    status: bool = setting(False, "print what is done and what is left, make table and figure, and train nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for design in self.designs:
+            if design not in (*DESIGNS, LEARNED):
+                raise InputError(f"--designs holds {design!r}, expected some of {', '.join(DESIGNS)}, {LEARNED}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    design: str
+    seed: int
+    settings: AblationSettings
+
+    @property
+    def name(self) -> str:
+        return f"{self.design}-{self.seed}"
+
+    @property
+    def kept(self) -> Path:
+        return Path(self.settings.results_dir) / f"{self.name}.json"
+
+    @property
+    def run(self) -> str:
+        """`--output_dir` of its PPO run."""
+        return f"{self.settings.output_dir}/{self.name}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- a cell
+
+
+def commands(cell: Cell) -> list[list[str]]:
+    """What a user would type for a cell: PPO, rollouts, scores."""
+    settings = cell.settings
+    ppo = yaml.safe_load(read_text(settings.ppo_config))
+    on = DESIGNS.get(cell.design, len(SWITCHES))
+    reward = [f"--{switch}={'true' if place < on else 'false'}" for place, switch in enumerate(SWITCHES)]
+    if cell.design == LEARNED:
+        reward.append(f"--reward_model_name={settings.reward_model}")
+    resume = ["--resume_from_checkpoint=auto"] if checkpoints_of(cell.run) else []
+    points = [f"{cell.run}_step_{step}" for step in settings.steps] or [f"{cell.run}_step_*"]
+    half = "bfloat16" if settings.bf16 else "float32"
+
+    def ours(name: str) -> str:
+        return os.path.relpath(REPOSITORY / name)
+
+    return [
+        ["accelerate", "launch", "--config_file", ours("configs/cpu.yaml"), ours("run_ppo.py"), "--config", settings.ppo_config, f"--seed={cell.seed}",
+         f"--exp_name={cell.name}", f"--output_dir={cell.run}", f"--bf16={str(settings.bf16).lower()}", *reward, *resume],
+        ["python", ours("evaluation.py"), f"--base_model_name={ppo['model_name']}", "--peft_model_name", *points,
+         f"--data_path={settings.data_path}", f"--max_new_tokens={ppo['output_max_length']}", "--batch_size=64",
+         "--common_draws=true", f"--dtype={half}"],
+        ["python", ours("eval_monotonicity.py"), f"--output_dir={settings.output_dir}", f"--model_prefix={cell.name}", "--include_start=true",
+         "--gold_model", *settings.gold_model, f"--gold_dtype={half}", "--batch_size=32"],
+    ]  # fmt: skip
+
+
+def run_cell(cell: Cell, threads: int) -> None:
+    """Run a cell from wherever it is, its console in <run>.log, and keep what it found. Raises InputError where a command fails."""
+    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": str(threads)}
+    log = Path(f"{cell.run}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    typed = commands(cell)
+    for words in typed:
+        with log.open("a", encoding="utf-8") as console:
+            done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
+        if done.returncode:
+            raise InputError(f"{cell.name}: {words[0]} ended with {done.returncode}; its console is {log}")
+    keep(cell, typed)
+    print(f"{cell.name}: done, {cell.kept}", flush=True)
+
+
+def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
+    """Write the two files of a finished cell."""
+    found = read_json(f"{cell.run}_monotonicity/monotonicity.json")
+    points = {point.step: point for point in checkpoints_of(cell.run) if point.rollouts.is_file()}
+    references = read_rows(cell.settings.data_path, {"output": None, "qtype": None})
+    constrained = [place for place, row in enumerate(references) if row["qtype"] == "CONSTRAINED"]
+    overlaps = {
+        step: [round(rouge_l(references[place]["output"], point.rows[place]["output"]), 4) for place in constrained]
+        for step, point in points.items()
+    }
+    metas = {step: read_json(meta_path(point.rollouts)) for step, point in points.items()}
+    policy = Path(metas[0]["model"]) / "model.safetensors"
+    ends = (points[min(points)], points[max(points)])
+    with atomic_path(cell.kept.with_suffix(".rollouts.json.gz")) as temporary:
+        texts = {point.step: [row["output"] for row in point.rows] for point in ends}
+        temporary.write_bytes(gzip.compress(json.dumps(texts).encode(), mtime=0))
+    extra = {
+        "cell": {"design": cell.design, "seed": cell.seed, "commands": [shlex.join(words) for words in typed]},
+        "policy_digest": file_digest(policy) if policy.is_file() else None,
+        "constrained_rouge_l": overlaps,
+        "eos_rate": {step: meta["eos_rate"] for step, meta in metas.items()},
+    }
+    write_json(cell.kept, {**extra, **found})
+
+
+# ------------------------------------------------------------------------------------------------------------- the answer
+
+
+def summarise(kept: Sequence[dict]) -> list[dict]:
+    """One entry a design: what its cells gained from their first to their last checkpoint.
+
+    Returns:
+        Entries with "design", "seeds", and for "proxy", each gold, "tax" (ROUGE-L of CONSTRAINED answers to their references): "mean" over
+        seeds, "over_prompts" (standard error over prompts of the mean over seeds) and "over_seeds" (standard error over seeds), None
+        of one; "spearman" by gold, as `parts.rank_statistics.together`, of one seed as well; "last": means over seeds of the last
+        checkpoint's KL, tokens, EOS rate and features, and "first" of the first.
+    """
+    entries = []
+    for design in dict.fromkeys(cell["cell"]["design"] for cell in kept):
+        cells = [cell for cell in kept if cell["cell"]["design"] == design]
+        golds = list(cells[0]["per_row"]["gold"])
+        tables = {"proxy": [cell["per_row"]["proxy"] for cell in cells]}
+        tables |= {name: [cell["per_row"]["gold"][name] for cell in cells] for name in golds}
+        tables["tax"] = [cell["constrained_rouge_l"] for cell in cells]
+        gained = {name: np.array([_ends(table)[1] - _ends(table)[0] for table in by_seed]) for name, by_seed in tables.items()}
+        runs = [
+            SimpleNamespace(
+                name=cell["name"],
+                steps=[row["step"] for row in cell["curve"]],
+                proxy=np.array(list(cell["per_row"]["proxy"].values())),
+                gold={name: np.array(list(cell["per_row"]["gold"][name].values())) for name in golds},
+                found=cell["spearman"],
+            )
+            for cell in cells
+        ]
+        entry = {"design": design, "seeds": [cell["cell"]["seed"] for cell in cells], "spearman": together(runs)}
+        for name, values in gained.items():
+            errors = {"over_prompts": _standard_error(values.mean(axis=0)), "over_seeds": _standard_error(values.mean(axis=1))}
+            entry[name] = {"mean": float(values.mean()), **errors}
+        for end, place in (("first", 0), ("last", -1)):
+            rows = [{**cell["curve"][place], "eos_rate": list(cell["eos_rate"].values())[place]} for cell in cells]
+            entry[end] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name not in ("step", "rows")}
+        entries.append(entry)
+    return entries
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    return float(sem(values)) if len(values) > 1 else None
+
+
+def _ends(table: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' values at the first and the last step of {step: values}."""
+    steps = sorted(table, key=int)
+    return np.array(table[steps[0]]), np.array(table[steps[-1]])
+
+
+def table(entries: Sequence[dict]) -> str:
+    """The summary as a Markdown table: gains with standard errors over prompts; over seeds."""
+    golds = list(entries[0]["spearman"])
+
+    def gain(value: dict, digits: int = 2) -> str:
+        errors = [f"{error:.{digits}f}" for error in (value["over_prompts"], value["over_seeds"]) if error is not None]
+        return f"{value['mean']:+.{digits}f} ({'; '.join(errors)})"
+
+    def rho(value: dict) -> str:
+        if value["mean"] is None:
+            return "undefined"
+        error = "" if value["standard_error"] is None else f" ({value['standard_error']:.2f})"
+        return f"{value['mean']:+.2f}{error}, p {value['pvalue']:.2g}"
+
+    heads = ["design", "seeds", "proxy gain", *(f"{name} gain" for name in golds), *(f"SpearmanR {name}" for name in golds),
+             "ROUGE-L gain, CONSTRAINED", "KL", "tokens", "repetition", "EOS rate"]  # fmt: skip
+    lines = [heads, ["---"] * len(heads)]
+    for entry in entries:
+        lines.append([
+            entry["design"], " ".join(map(str, entry["seeds"])), gain(entry["proxy"]), *(gain(entry[name]) for name in golds),
+            *(rho(entry["spearman"][name]) for name in golds), gain(entry["tax"], 3), f"{entry['last']['kl']:.1f}",
+            *(f"{entry['first'][name]:{form}} to {entry['last'][name]:{form}}"
+              for name, form in (("tokens", ".0f"), ("repetition", ".2f"), ("eos_rate", ".2f"))),
+        ])  # fmt: skip
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(kept: Sequence[dict], path: Path) -> None:
+    """Gold gained against KL: a thin line a seed, a thick one for a design's mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 8, "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = pyplot.subplots(figsize=(5.2, 3.4), layout="constrained")
+        axes.axhline(0, color="#999999", linewidth=0.6)
+        for design in dict.fromkeys(cell["cell"]["design"] for cell in kept):
+            curves = [cell["curve"] for cell in kept if cell["cell"]["design"] == design]
+            gold = next(iter(kept[0]["spearman"]))
+            lines = [([row["kl"] for row in curve], [row[gold] - curve[0][gold] for row in curve]) for curve in curves]
+            for line in lines:
+                axes.plot(*line, color=COLOURS[design], linewidth=0.6, alpha=0.5)
+            axes.plot(*np.mean(lines, axis=0), "o-", color=COLOURS[design], linewidth=1.8, markersize=3, label=f"{design} ({len(lines)})")
+        axes.set_xlabel("KL from the start, nats a response")
+        axes.set_ylabel("gold gained")
+        axes.legend(frameon=False, title="design (seeds)")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=200, format="png")
+        pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    settings = parse_settings(AblationSettings, description=__doc__)
+    cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
+    left = [cell for cell in cells if not cell.kept.is_file()]
+    print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
+    if left and not settings.status:
+        backbone = yaml.safe_load(read_text(settings.ppo_config))["model_name"]
+        if not Path(backbone).is_dir():
+            raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; train_sft.py makes it, as examples/demo.sh does")
+        cores = len(os.sched_getaffinity(0))
+        at_once = settings.side_by_side or cores
+        with ThreadPoolExecutor(at_once) as pool:
+            for done in [pool.submit(run_cell, cell, max(1, cores // at_once)) for cell in left]:
+                done.result()
+    kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
+    if kept:
+        entries = summarise(kept)
+        results = Path(settings.results_dir)
+        with atomic_path(results / "table.md") as temporary:
+            temporary.write_text(table(entries), encoding="utf-8")
+        write_json(results / "summary.json", {"designs": entries, "provenance": provenance()})
+        draw(kept, results / "ablation.png")
+        print(table(entries))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,96 @@
+"""The ablation's driver: one cell end to end on a two-layer model, and its summary from literal numbers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import yaml
+from conftest import REPOSITORY, run_script
+
+from parts.files import read_json
+
+
+def cell(design: str, seed: int, proxy: list[list[float]], gold: list[list[float]], tax: list[list[float]]) -> dict:
+    """A kept file: rows' values at steps 0, 5 and 10."""
+    steps = ("0", "5", "10")
+    curve = [
+        {
+            "step": int(step),
+            "proxy": sum(one) / 2,
+            "gold": sum(two) / 2,
+            "repetition": 1.0,
+            "tokens": 10.0 * seed,
+            "kl": float(step),
+            "rows": 2,
+        }
+        for step, one, two in zip(steps, proxy, gold)
+    ]
+    return {
+        "cell": {"design": design, "seed": seed},
+        "name": f"{design}-{seed}",
+        "curve": curve,
+        "per_row": {"proxy": dict(zip(steps, proxy)), "gold": {"gold": dict(zip(steps, gold))}},
+        "spearman": {"gold": {"spearman": {"LI": -1.0, "full": 1.0}[design]}},
+        "constrained_rouge_l": dict(zip(steps, tax)),
+        "eos_rate": dict(zip(steps, (1.0, 0.75, 0.5))),
+    }
+
+
+def test_the_summary_of_kept_cells(tmp_path):
+    (tmp_path / "LI-1.json").write_text(
+        json.dumps(cell("LI", 1, [[0, 0], [1, 1], [2, 4]], [[3, 3], [2, 2], [1, 1]], [[0.5], [0.4], [0.3]]))
+    )
+    (tmp_path / "LI-2.json").write_text(
+        json.dumps(cell("LI", 2, [[0, 0], [1, 1], [4, 6]], [[3, 3], [2, 2], [-1, 1]], [[0.5], [0.4], [0.1]]))
+    )
+    (tmp_path / "full-1.json").write_text(
+        json.dumps(cell("full", 1, [[0, 0], [1, 1], [2, 2]], [[3, 3], [4, 4], [5, 6]], [[0.5], [0.5], [0.5]]))
+    )
+    done = run_script("examples/ablation.py", "--status=true", f"--results_dir={tmp_path}", "--designs", "LI", "full", "--seeds", "1", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 of 4 cells are done; left: full-2\n")
+    length, full = read_json(tmp_path / "summary.json")["designs"]
+    assert length["seeds"] == [1, 2] and full["seeds"] == [1]
+    # Rows gained 2 and 4 with one seed, 4 and 6 with the other: 3 and 5 a row, 3 and 5 a seed.
+    assert length["proxy"] == {"mean": 4.0, "over_prompts": 1.0, "over_seeds": 1.0}
+    assert length["gold"] == {"mean": -2.5, "over_prompts": 0.5, "over_seeds": 0.5}
+    assert length["spearman"]["gold"]["mean"] == -1.0 and length["spearman"]["gold"]["pvalue"] == pytest.approx(1 / 18, abs=0.003)
+    assert full["gold"] == {"mean": 2.5, "over_prompts": 0.5, "over_seeds": None}
+    assert length["last"]["tokens"] == 15.0 and length["last"]["eos_rate"] == 0.5 and length["last"]["kl"] == 10.0
+    assert "| LI | 1 2 | +4.00 (1.00; 1.00) | -2.50 (0.50; 0.50) | -1.00 (0.00), p 0.0" in (tmp_path / "table.md").read_text(
+        encoding="utf-8"
+    )
+    assert (tmp_path / "ablation.png").stat().st_size > 5000
+
+
+def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_file, tmp_path):
+    config = {"model_name": str(tiny_model), "chat_template_name": "tokenizer", "dataset_path": str(rows_file), "dev_prompt_path": str(rows_file),
+              "log_with": "none", "overall_steps": 2, "save_freq": 1, "output_max_length": 8, "batch_size": 2, "mini_batch_size": 2,
+              "gradient_accumulation_steps": 1, "ppo_epochs": 1, "reward_model_batch_size": 8}  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    words = ("examples/ablation.py", f"--ppo_config={tmp_path / 'tiny.yaml'}", "--designs", "LI-RP", "--seeds", "5", "--gold_model", tiny_gold,
+             f"--data_path={eval_file}", f"--output_dir={tmp_path / 'runs'}", f"--results_dir={tmp_path / 'kept'}", "--bf16=false")  # fmt: skip
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr + (tmp_path / "runs" / "LI-RP-5.log").read_text(encoding="utf-8")
+    kept = read_json(tmp_path / "kept" / "LI-RP-5.json")
+    assert kept["cell"]["design"] == "LI-RP" and kept["cell"]["seed"] == 5
+    assert "--repetition_penalty=true --relevance_scaling=false --reward_branching=false" in kept["cell"]["commands"][0]
+    assert [row["step"] for row in kept["curve"]] == [0, 1, 2] and len(kept["constrained_rouge_l"]["2"]) == 3
+    texts = json.loads(gzip.decompress((tmp_path / "kept" / "LI-RP-5.rollouts.json.gz").read_bytes()))
+    assert sorted(texts) == ["0", "2"] and len(texts["2"]) == 6
+    assert run_script(*words).stdout.startswith("1 of 1 cells are done; left: none\n")
+
+
+def test_an_unknown_design_is_one_line():
+    done = run_script("examples/ablation.py", "--designs", "LI", "RP")
+    assert done.returncode == 2 and done.stderr == "error: --designs holds 'RP', expected some of LI, LI-RP, LI-RP-QR, full, learned\n"
+
+
+def test_the_config_has_no_unknown_setting():
+    from parts.cli import parse_settings
+    from run_ppo import PPOSettings
+
+    settings = parse_settings(PPOSettings, ["--config", str(REPOSITORY / "configs" / "ablation.yaml")])
+    assert settings.overall_steps == 40 and settings.batch_size == 16
