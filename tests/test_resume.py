@@ -125,7 +125,7 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
     later = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path / "tiny_step_0"))
     assert later.returncode == 2 and "tiny_step_2: exists already" in later.stderr
     (tmp_path / "tiny_step_2" / "value_head.safetensors").write_bytes(b"cut short")
-    broken = run_script(*words(tiny_model, rows, tmp_path / "tiny", allow_changed_settings="true"))
+    broken = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path / "tiny_step_2"))
     assert broken.returncode == 2 and "tiny_step_2: cannot be resumed from" in broken.stderr
 
 
