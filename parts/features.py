@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import cached_property
+
+import regex
 
 from parts.cli import Settings, setting
 from parts.rows import QTYPES
@@ -17,8 +18,11 @@ OPTIONS = ("length_target", "max_sequence_length")  # settings that a feature's 
 
 
 def tokens_of(text: str) -> list[str]:
-    """Runs of letters, digits and underscores, and runs of other marks: what nltk's `wordpunct_tokenize` gives, which takes a second to import."""
-    return re.findall(r"\w+|[^\w\s]+", text)
+    """Runs of letters, digits and underscores, and runs of other marks: what nltk's `wordpunct_tokenize` gives, which takes a second to import.
+
+    nltk reads the pattern with the `regex` package, to which "\u00b2" is no letter or digit; to `re` it is one.
+    """
+    return regex.findall(r"\w+|[^\w\s]+", text)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_any_bytes_give_rows_or_one_line(name, tmp_path):
 
 TEXTS = (
     st.text(max_size=80)
-    | st.text(st.sampled_from("ab \n#:\u200b\ud800漢🙂.,"), max_size=80)
+    | st.text(st.sampled_from("ab \n#:\u200b\ud800漢🙂.,²½Ⅷ_٣"), max_size=80)
     | st.sampled_from(["", " ", "### Instruction:", "\x00"])
 )
 

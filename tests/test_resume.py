@@ -158,7 +158,7 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys):
     with pytest.raises(InputError, match="overall_steps was 6 and is 8"):
         check_settings(tmp_path, scheduled, 1)
 
-    record(settings(), {"reward_model.py": "other code"})
+    record(settings(), {**settings().reward_source(), "reward_model.py": "other code"})
     with pytest.raises(InputError, match=r"the reward's code has changed since \(reward_model.py\); seed was 42 and is 7 \(--allow"):
         check_settings(tmp_path, settings(seed=7), 1)
     check_settings(tmp_path, settings(seed=7, allow_changed_settings=True), 1)
