@@ -241,6 +241,8 @@ def find_start(settings) -> Start:
     resumed = find_resumable(settings.output_dir, settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
     if resumed is not None:
         check_settings(resumed, settings, launched_processes())
+    else:
+        check_metrics(settings)
     step = read_json(resumed / RECORD)["step"] if resumed else 0
     states = [path for path in (*checkpoints_of(settings.output_dir), interrupted(settings.output_dir)) if _is_state(path)]
     in_the_way = [path for path in states if resumed is None or (not is_same_path(path, resumed) and _is_after(path, step))]
@@ -275,6 +277,10 @@ def check_foreign(settings) -> None:
         is_empty = path.is_dir() and not any(path.iterdir())
         if is_named_so and not _is_state(path) and not is_empty:
             raise InputError(f"{path}: no checkpoint (it has no {RECORD}), and in the way of one; expected another --output_dir")
+
+
+def check_metrics(settings) -> None:
+    """Raises InputError where a new run would replace the metrics of another `output_dir`; a run that goes on may have been moved."""
     log = run_file(settings)
     if log.is_file() and not is_same_path(read_json(log).get("settings", {}).get("output_dir"), settings.output_dir):
         raise InputError(f"{log}: of another run, whose metrics are beside it; expected another --logging_dir")
