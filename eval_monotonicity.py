@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from nltk.tokenize import wordpunct_tokenize
 
 from parts.best_of_n_command import judge_best_of_n
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
@@ -47,21 +46,25 @@ from parts.designs import (
     shared_instructions,
 )
 from parts.errors import InputError, run_main
+from parts.features import tokens_of
 from parts.files import digest, write_json
-from parts.gold_models import DEFAULT_GOLD, GoldSettings, short_names
+from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
+from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
-from parts.rewards import reward_batch, reward_name
+from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
-from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl
+from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
 from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
 from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
 
 
 @dataclass
 class MonotonicitySettings(Settings):
-    output_dir: str = setting("outputs", "folder that holds the checkpoints, and receives the results", path=True)
+    output_dir: str = setting(
+        "outputs", "folder that holds the checkpoints, and receives the results", written=True, group=("what to judge", "")
+    )
     model_prefix: list[str] = setting(
         [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
     )
@@ -112,7 +115,8 @@ class MonotonicitySettings(Settings):
             raise InputError("--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores")
         if self.write_best:
             self.check_write_best()
-        if not (self.gold_model or self.gold_scores or self.write_best):
+        self.by_default = not (self.gold_model or self.gold_scores or self.write_best)
+        if self.by_default:
             self.gold_model = [DEFAULT_GOLD]
 
     @property
@@ -182,7 +186,7 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     warn_of_changed_code(checkpoints[-1], proxy)
     name = settings.chat_template_name or trained.get("chat_template_name", "alpaca")
     own = name == TOKENIZER_OWN and trained
-    template = load_template(name, load_tokenizer(trained["tokenizer_name"] or trained["model_name"]) if own else None)
+    template = load_template(name, load_tokenizer(trained.get("tokenizer_name") or trained.get("model_name") or "") if own else None)
     return Run(
         prefix, checkpoints, trained, proxy, references, template, settings.output_max_length or trained.get("output_max_length", 512)
     )
@@ -245,6 +249,8 @@ def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[s
                 proxy_columns(reward, ScoreStore(point.scores, facts), rollout_batch(point, run.references), bar.update)
                 for point in run.checkpoints
             ]
+            for point, table in zip(run.checkpoints, tables[run.name]):
+                require_scores(table["total"], str(point.rollouts))
     return tables
 
 
@@ -256,7 +262,12 @@ def score_gold(
 
     from parts.gold_models import load_gold_reward_model
 
-    gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
+    try:
+        gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
+    except InputError as error:
+        if not settings.by_default:
+            raise
+        raise InputError(f"--gold_model is missing, and the paper's, {DEFAULT_GOLD}, cannot be loaded ({error})") from None
     facts = gold.facts
     scores: dict[str, np.ndarray] = {}
     with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
@@ -276,7 +287,7 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         for name, column in tables[0].items()
         if name != "total" and not all(value is None or isinstance(value, str) for value in column)
     }
-    tokens = [[len(wordpunct_tokenize(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
+    tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
     return ScoredRun(
@@ -314,6 +325,9 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
+    output = Path(settings.output_dir)
+    folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
+    hold(folder, *(output / f"{run.name}_monotonicity" for run in runs))
 
     # 2. Scores: of samples that a design chooses among, of the runs' rollouts.
     curves = (
@@ -333,7 +347,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         scored.append(replace(scored_run(run, tables[run.name], gold), design=design))
 
     # 3. The answer.
-    output = Path(settings.output_dir)
     records = [
         provenance(
             settings={**asdict(settings), **asdict(gold_settings), **typed},
@@ -350,7 +363,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for found, record in zip(scored, records):
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
-    folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if curves else [])])}_monotonicity"
     if len(set(designs)) > 1 or curves:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}
@@ -372,7 +384,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
 def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     """Rank correlation of proxy designs with a leaderboard, on outputs that exist."""
     # 1. Everything a user can get wrong, before any model loads.
-    systems = read_systems(settings.rollouts)
+    systems = read_systems(without_records(settings.rollouts))
     board = read_leaderboard(settings.gold_scores)
     ranked = ranked_systems(systems, board, settings.gold_scores)
     instructions = shared_instructions(systems)
@@ -386,11 +398,12 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     elif proxy.dataset_fields:
         raise InputError("--data_path is missing, expected the rows' qtype and reference")
     template = load_template(settings.chat_template_name or "alpaca")
+    folder = Path(settings.output_dir) / "designs"
+    hold(folder)
 
     # 2. Scores.
     from tqdm import tqdm
 
-    folder = Path(settings.output_dir) / "designs"
     reward = proxy.load_reward(template, settings.output_max_length or 512, settings.device or None)
     every = {"every_feature": True} if settings.all_designs else {}
     facts = {**proxy_facts(proxy, template, settings.output_max_length or 512), **every}
@@ -400,6 +413,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
             batch = reward_batch(instructions, [outputs[text] for text in instructions], references)
             store = ScoreStore(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.scores.jsonl", facts)
             tables[name] = proxy_columns(reward, store, batch, bar.update, **every)
+            require_scores(tables[name]["total"], name)
 
     # 3. The answer.
     if settings.all_designs:

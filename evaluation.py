@@ -35,7 +35,8 @@ from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
 from parts.files import digest, file_digest, read_text, write_json, write_json_lines
-from parts.models import check_device, check_model_name
+from parts.locks import hold
+from parts.models import check_device, check_model_name, model_identity
 from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
 from parts.runs import BaseModel, Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, samples_path, superni_path
@@ -55,7 +56,9 @@ EVALUATIONS = ("alpaca", "superni")
 
 @dataclass
 class EvaluationSettings(Settings):
-    base_model_name: str = setting("", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True)
+    base_model_name: str = setting(
+        "", "the model that the checkpoints were trained from: hub name or folder", path=True, required=True, group=("what to evaluate", "")
+    )
     peft_model_name: list[str] = setting(
         [],
         "checkpoint folders <output_dir>_step_<k>, any PEFT adapter folders, or patterns of them; left out: the base model itself",
@@ -64,7 +67,7 @@ class EvaluationSettings(Settings):
     output_dir: str = setting(
         "outputs", "where the base model itself has a folder of its name for its rollouts; checkpoints have them in their own", path=True
     )
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
     engine: str = setting("hf", "what generates: hf (transformers) or vllm", choices=("hf", "vllm"))
     baseline_model_file: str = setting(
@@ -113,7 +116,12 @@ def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
     files: list[str] = []
     for checkpoint in checkpoints:
         file = checkpoint.trained.get("dataset_path", "")
-        if file not in files and Path(file).is_file() and file_digest(file) == checkpoint.record.get("data", {}).get("dataset_path"):
+        if (
+            isinstance(file, str)
+            and file not in files
+            and Path(file).is_file()
+            and file_digest(file) == dict(checkpoint.record.get("data") or {}).get("dataset_path")
+        ):
             files.append(file)
     return files
 
@@ -200,14 +208,14 @@ def plan(
     """The jobs of all checkpoints. Raises InputError for a checkpoint without weights, or decoding settings that cannot be used."""
     import torch
 
-    from parts.chat_templates import encode_instructions
+    from parts.chat_templates import encode_rows
     from parts.generation import end_tokens
     from parts.superni import superni_prompt
 
     prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them
     for template in templates.values():
         if "alpaca" in settings.evaluations and ("alpaca", template.name) not in prompts:
-            prompts["alpaca", template.name] = encode_instructions(tokenizer, template, [row["instruction"] for row in data])
+            prompts["alpaca", template.name] = encode_rows(tokenizer, template, data, "instruction")
         if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
             prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
     paths = {"alpaca": rollouts_path, "superni": superni_path}
@@ -219,7 +227,7 @@ def plan(
         for evaluation in settings.evaluations:
             decoding = read_decoding(settings, evaluation)
             facts = {
-                "base": settings.base_model_name,
+                "base": model_identity(settings.base_model_name),
                 "adapter": weights,
                 "engine": [settings.engine, torch.device(device).type, settings.dtype],
                 "decoding": asdict(decoding),
@@ -237,11 +245,9 @@ def plan(
 
 
 def digest_weights(checkpoint: Checkpoint) -> list[str]:
-    """What tells a checkpoint's weights from others. Raises InputError for an adapter without any."""
+    """What tells an adapter's weights from others; nothing for the base model alone. Raises InputError for an adapter without any."""
     if isinstance(checkpoint, BaseModel):
-        from parts.gold_models import weights_digest
-
-        return ["none", weights_digest(checkpoint.model, None)]
+        return []
     files = (checkpoint.folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
     weights = next((file for file in files if file.is_file()), None)
     if weights is None:
@@ -321,6 +327,7 @@ def write_file(
         rows = superni_rows(instances, [text.strip() for text in texts])
         record["summary"] = summarise(instances, rows)
         print(describe_superni(record["summary"]))
+    file.unlink(missing_ok=True)  # never stands beside a record of others
     write_json(meta_path(file), record)
     write = write_json_lines if file.suffix == ".jsonl" else write_json
     write(file, rows)
@@ -337,7 +344,7 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
     Checkpoints whose proxies are the same share one, so that its encoder loads once.
     """
     from parts.baseline import compare_totals, describe_comparison
-    from parts.rewards import reward_batch
+    from parts.rewards import require_scores, reward_batch
     from parts.scores import proxy_facts
 
     rewards, instructions = {}, [row["instruction"] for row in data]
@@ -350,12 +357,15 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
         fingerprint = digest([facts, *files, file_digest(job.checkpoint.rollouts)])
         if meta.get("baseline", {}).get("fingerprint") == fingerprint:
             continue
+        hold(job.target)
         if digest(facts) not in rewards:
             rewards[digest(facts)] = proxy.load_reward(job.template, length, settings.device or None)
         score = rewards[digest(facts)].score
         ours, theirs = (
             score(reward_batch(instructions, [row["output"] for row in rows], data)) for rows in (job.checkpoint.rows, baseline.rows)
         )
+        for name, table in ((job.target, ours), (settings.baseline_model_file, theirs)):
+            require_scores(table["total"], str(name))
         found = compare_totals(ours, theirs)
         write_json(
             meta_path(job.checkpoint.rollouts),
@@ -403,6 +413,8 @@ def main() -> None:
     for job in jobs:
         model.require_room(job.prompts, job.decoding.max_new_tokens, "--max_new_tokens")
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
+    hold(*(job.target for job in waiting))
+    waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.
     processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files

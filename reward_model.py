@@ -27,20 +27,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nltk.tokenize import wordpunct_tokenize
-
 from parts.chat_templates import ChatTemplate, load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.features import UNBRANCHED, Feature, by_switch, switches_of
+from parts.features import UNBRANCHED, Feature, by_switch, switches_of, tokens_of
 from parts.files import REPOSITORY, code_digest
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
-from parts.rewards import ENSEMBLES, FunctionReward, LearnedReward, check_batch, load_reward_function, reward_name
+from parts.rewards import ENSEMBLES, FunctionReward, WeightedRewards, check_batch, load_functions, reward_name
 from parts.rows import QTYPES, require_finite
 
 if TYPE_CHECKING:
     import torch
+
+    from parts.gold_models import LearnedReward
 
 OPENENDED, CONSTRAINED = QTYPES
 DEFAULT_RELEVANCE = "facebook/contriever"
@@ -134,7 +134,7 @@ class ProxySettings(switches_of(FEATURES)):
     )
     relevance_model_name: str = setting(DEFAULT_RELEVANCE, "sentence encoder of the relevances", path=True)
     embedding_cache: str = setting(
-        "", "file that keeps the embeddings of queries and references over runs; empty means for this run", path=True
+        "", "file that keeps the embeddings of queries and references over runs; empty means for this run", written=True
     )
 
     @property
@@ -339,7 +339,7 @@ class ReversedEngineeredRewardForInference:
         """Fill in the features that read texts, row by row."""
         for row, response in enumerate(batch["response"]):
             text = self.template.strip_response(response) if self.do_strip else response
-            given = {"text": text, "tokens": wordpunct_tokenize(text), **self._options}
+            given = {"text": text, "tokens": tokens_of(text), **self._options}
             for feature, mask in masks.items():
                 if mask[row]:
                     values = {name: given[name] if name in given else batch[name][row] for name in feature.reads}
@@ -383,7 +383,13 @@ class ReversedEngineeredRewardForInference:
 class RewardSettings(ProxySettings):
     """Which reward: the proxy, a user's function, or a learned reward model."""
 
-    reward_function: str = setting("", "your own reward in place of the proxy: path/to/file.py:name", path=True)
+    reward_function: list[str] = setting(
+        [],
+        "your own reward in place of the proxy: path/to/file.py:name, or several",
+        path=True,
+        group=("another reward", "In the proxy's place."),
+    )
+    reward_weights: list[float] = setting([], "weights of several reward functions; empty means 1 each")
     reward_model_name: list[str] = setting(
         [], "reward model to use in place of the proxy (the paper's baseline rows); several are an ensemble", path=True
     )
@@ -397,9 +403,12 @@ class RewardSettings(ProxySettings):
     reward_model_batch_size: int = setting(8, "rows per batch of the relevance encoder or the reward model", least=1)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward_model_name, str):
-            self.reward_model_name = [self.reward_model_name] if self.reward_model_name else []
+        for name in ("reward_function", "reward_model_name"):  # a lone one, as older records have it
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, [text] if text else [])
         super().__post_init__()
+        if self.reward_weights and not self.reward_function:
+            raise InputError("--reward_weights are for --reward_function, which is missing")
         if self.reward_function and self.reward_model_name:
             raise InputError("--reward_function and --reward_model_name are both set, expected one reward")
         for name in self.reward_model_name:
@@ -411,9 +420,16 @@ class RewardSettings(ProxySettings):
             raise InputError("every part of the proxy reward is off, expected at least one to learn from")
 
     @property
+    def functions(self) -> str:
+        """The reward functions in words, with their weights; empty where there are none."""
+        weights = self.reward_weights or [1.0] * len(self.reward_function)
+        several = len(self.reward_function) > 1 or self.reward_weights
+        return " + ".join(f"{weight:g} * {name}" if several else name for weight, name in zip(weights, self.reward_function))
+
+    @property
     def named(self) -> str:
-        """The reward where it is not the proxy: a function, a reward model, or an ensemble of them; else empty."""
-        return self.reward_function or reward_name(asdict(self))
+        """The reward where it is not the proxy: functions, a reward model, or an ensemble of them; else empty."""
+        return self.functions or reward_name(asdict(self))
 
     @property
     def is_proxy(self) -> bool:
@@ -429,32 +445,35 @@ class RewardSettings(ProxySettings):
     def check_reward(self) -> None:
         """Raises InputError for what can be known to be unusable before a model loads."""
         if self.reward_function:
-            load_reward_function(self.reward_function)
+            load_functions(self.reward_function, self.reward_weights)
         elif self.reward_model_name:
             for name in self.reward_model_name:
                 check_model_name(name)
         elif self.needs_encoder:
             check_model_name(self.relevance_model_name)
+            if self.embedding_cache:
+                from parts.relevance import EmbeddingStore
+
+                EmbeddingStore(self.embedding_cache, "").close()
 
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
-        own = [
-            Path(__file__),
-            *(REPOSITORY / "parts" / name for name in ("features.py", "relevance.py", "chat_templates.py", "overlap.py")),
-        ]
-        source = {"reward_model.py": code_digest(*own)}
-        if self.reward_function:
-            path = Path(self.reward_function.rpartition(":")[0])
+        parts = ("features.py", "relevance.py", "chat_templates.py", "overlap.py")
+        own = [Path(__file__), *(REPOSITORY / "parts" / name for name in parts)]
+        source = {str(path.relative_to(REPOSITORY)): code_digest(path) for path in own}
+        for path in dict.fromkeys(Path(function.rpartition(":")[0]) for function in self.reward_function):
             source[path.name if path.name not in source else str(path)] = code_digest(path)
         return source
 
     def load_reward(
         self, template: ChatTemplate, max_sequence_length: int, device: str | None, cache_dir: str | None = None
-    ) -> ReversedEngineeredRewardForInference | FunctionReward | LearnedReward:
+    ) -> ReversedEngineeredRewardForInference | FunctionReward | WeightedRewards | LearnedReward:
         """The reward that these settings describe; `max_sequence_length` is the longest response in tokens."""
         if self.reward_function:
-            return FunctionReward(load_reward_function(self.reward_function), self.reward_function)
+            return load_functions(self.reward_function, self.reward_weights)
         if self.reward_model_name:
+            from parts.gold_models import LearnedReward
+
             how = (self.reward_ensemble, self.uwo_coefficient, self.reward_offload)
             return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size, *how)
         proxy = {field.name: getattr(self, field.name) for field in fields(ProxySettings)}
@@ -475,6 +494,10 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
+    try:
+        RewardSettings(**{**FULL_DESIGN, **found})
+    except InputError as error:
+        raise InputError(f"the run's record: {error}") from None
     found |= {"reward_model_batch_size": batch_size}
     found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
     return RewardSettings(**{**FULL_DESIGN, **found})

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 from parts.chat_templates import load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import write_json
+from parts.files import check_writable, clear_leftovers, write_json
+from parts.locks import hold
 from parts.models import check_model_name, check_tokenizer_name, load_tokenizer, read_facts
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
@@ -46,7 +47,7 @@ from parts.ppo_metrics import (
     shorten,
 )
 from parts.processes import StopRequest, leave_processes
-from parts.rewards import reward_batch
+from parts.rewards import filled, reward_batch
 from parts.rows import QTYPES
 from parts.runs import provenance
 from reward_model import RewardSettings
@@ -61,17 +62,17 @@ TRACKERS = ("tensorboard", "wandb", "none")
 
 @dataclass
 class PPOSettings(RewardSettings):
-    exp_name: str = setting("ppo", "name of the run, used by the trackers")
+    exp_name: str = setting("ppo", "name of the run, used by the trackers", group=("the model", ""))
     model_name: str = setting("", "causal LM to train: hub name or folder", path=True, required=True, expected="a hub name or a folder")
     tokenizer_name: str = setting("", "its tokenizer, where it is not the model's own", path=True)
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
 
-    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True)
+    dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True, group=("files", ""))
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
     dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
-    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", path=True)
-    logging_dir: str = setting("", "logs; empty means <output_dir>/logs", path=True)
+    output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", written=True)
+    logging_dir: str = setting("", "logs; empty means <output_dir>/logs", written=True)
     log_with: str = setting(
         "tensorboard",
         "tracker: tensorboard, wandb or none (metrics.jsonl is always written)",
@@ -85,19 +86,19 @@ class PPOSettings(RewardSettings):
         0, "keep this many of the newest checkpoints, and the start; 0 keeps all", least=0, expected="0 or more"
     )
 
-    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process", least=1)
+    overall_steps: int = setting(10000, "PPO steps, each on batch_size prompts a process", least=1, group=("the course of the run", ""))
     save_freq: int = setting(500, "steps between checkpoints, each with an evaluation on the development prompts", least=1)
     sample_freq: int = setting(10, "steps between sample rollouts on the console", least=1)
     seed: int = setting(42, "seed of initialisation, data order and sampling", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
 
-    max_prompt_length: int = setting(512, "prompts must have fewer tokens than this")
+    max_prompt_length: int = setting(512, "prompts must have fewer tokens than this", least=1, group=("prompts and responses", ""))
     long_prompts: str = setting(
         "error", "what to do with longer ones: 'error' or 'drop'", choices=("error", "drop"), expected="'error' or 'drop'"
     )
     output_max_length: int = setting(512, "longest response in tokens; the reward's max_len", least=1)
     rollout_postprocessing: bool = setting(True, "cut a rollout's tokens at the template's first stop string before the PPO step")
 
-    batch_size: int = setting(16, "prompts per step and process", least=1)
+    batch_size: int = setting(16, "prompts per step and process", least=1, group=("PPO", ""))
     mini_batch_size: int = setting(2, "sequences per forward and backward pass", least=1)
     gradient_accumulation_steps: int = setting(4, "mini batches per optimiser step; wins over the launch file's", least=1)
     ppo_epochs: int = setting(4, "passes over each batch of rollouts", least=1)
@@ -112,12 +113,12 @@ class PPOSettings(RewardSettings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
-    lora_r: int = setting(8, "LoRA rank", least=1)
+    lora_r: int = setting(8, "LoRA rank", least=1, group=("LoRA", ""))
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
-    init_kl_coef: float = setting(0.2, "KL coefficient at the start")
+    init_kl_coef: float = setting(0.2, "KL coefficient at the start", group=("KL", "How far the policy may leave its start."))
     adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach adap_kl_target")
     adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at", above=0)
     adap_kl_horizon: float = setting(10000.0, "samples over which it adapts", above=0)
@@ -196,9 +197,12 @@ def start_or_resume(
 
     say = trainer.accelerator.on_main_process(print)
     if trainer.accelerator.is_main_process:
-        ppo_state.make_room(settings.output_dir, begin)
+        ppo_state.make_room(begin)
+        run_file = ppo_state.run_file(settings)
+        for path in (log.path, run_file):
+            clear_leftovers(path)
         log.keep_until(begin.step if begin.folder else -1)
-        write_json(log.path.with_name("run.json"), provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
+        write_json(run_file, provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
     if begin.folder is None:
         dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
         dev_means = development_metrics(start)
@@ -220,6 +224,8 @@ def main() -> None:
     from parts import ppo_state
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
+    hold(settings.output_dir, settings.logging_dir)
+    check_writable(Path(settings.logging_dir) / "metrics.jsonl")
     begin = ppo_state.find_start(settings)
     check_model_name(settings.model_name)
     check_tokenizer_name(settings.tokenizer_name or settings.model_name)
@@ -274,7 +280,7 @@ def main() -> None:
 
         # 6. Rewards.
         columns = score_rollouts(reward, batch, texts)
-        rewards = [total - settings.reward_baseline for total in columns["total"]]
+        rewards = [total - settings.reward_baseline for total in filled(columns["total"])]
 
         # 7. The PPO step, TRL's own.
         qtypes = [prompt.qtype for prompt in batch]

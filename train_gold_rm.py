@@ -25,13 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.cli import Settings, parse_settings, setting
+from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, read_json, write_json
+from parts.files import atomic_path, clear_leftovers, read_json, write_json
+from parts.locks import hold
 from parts.models import adapter_base, check_model_name, loading
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.rows import is_heldout
-from parts.runs import provenance
+from parts.runs import RECORD, Checkpoint, provenance
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,25 +43,34 @@ if TYPE_CHECKING:
 class GoldTrainingSettings(Settings):
     preferences: str = setting("", "preference pairs: .json, .jsonl, or either gzipped", path=True)
     data_note: str = setting("not stated", "origin and licence of the preferences, for the card")
-    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", path=True)
+    output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", written=True)
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
     start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
-    pairs: int = setting(5000, "most training pairs (one epoch)")
-    ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts")
+    pairs: int = setting(5000, "most training pairs (one epoch)", least=1)
+    ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts", least=1)
     balanced: bool = setting(True, "the longer answer wins one half of the training pairs; false leaves length its natural share")
     damaged_texts: bool = setting(True, "rank damaged texts below the answers: other prompts' answers, repetition, cut answers")
-    heldout_share: float = setting(0.15, "share of the prompts held out")
+    heldout_share: float = setting(0.15, "share of the prompts held out", above=0, most=1)
     heldout_systems: list[str] = setting([], "generators whose answers are never trained on")
-    heldout_pairs: int = setting(400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged")
-    max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out")
-    batch_size: int = setting(4, "rankings per optimiser step")
-    learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly")
-    lora_r: int = setting(8, "LoRA rank")
-    lora_layers: int = setting(12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass")
+    heldout_pairs: int = setting(
+        400, "held-out pairs that the accuracy is measured on, and as many again of similar length or damaged", least=1
+    )
+    max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out", least=1)
+    batch_size: int = setting(4, "rankings per optimiser step", least=1)
+    learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly", above=0)
+    lora_r: int = setting(8, "LoRA rank", least=1)
+    lora_layers: int = setting(
+        12, "how many of the last transformer layers carry LoRA; the frozen ones below need no backward pass", least=1
+    )
     bf16: bool = setting(True, "bf16 autocast")
-    save_steps: int = setting(50, "optimiser steps between checkpoints to resume from")
+    save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate_only:
+            self.output_dir = found_path(self.output_dir)
 
 
 def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
@@ -119,8 +129,12 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     def encode(instruction: str, text: str) -> list[int]:
         return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
 
+    unfit = {"longer than max_length": 0, "of equal answers": 0}
+
     def fits(pair: Pair) -> bool:
         lengths = [len(encode(pair.instruction, text)) for text in (pair.chosen, pair.rejected)]
+        unfit["of equal answers"] += pair.chosen == pair.rejected
+        unfit["longer than max_length"] += max(lengths) > settings.max_length
         return max(lengths) <= settings.max_length and pair.chosen != pair.rejected
 
     selected = select_pairs(pairs, settings.pairs, fits, rng, settings.balanced)
@@ -129,7 +143,13 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
         raise InputError(f"{settings.preferences}: no pairs within {settings.max_length} tokens{wanted}")
     groups = by_prompt(selected, settings.ranked_together)
     rng.shuffle(groups)
-    print(f"{len(selected)} training pairs in {len(groups)} rankings")
+    longer = sum(pair.longer_wins for pair in pairs)
+    balance = ", of which as many each are taken" if settings.balanced else ""
+    print(
+        f"{len(selected)} training pairs in {len(groups)} rankings, of {len(pairs)} on prompts to train on: the longer answer wins {longer} and "
+        f"the shorter {len(pairs) - longer}{balance}, {settings.pairs} at most"
+        + "".join(f"; {count} left out, {what}" for what, count in unfit.items() if count)
+    )
     return encode_rankings(groups, encode, rng, settings.damaged_texts)
 
 
@@ -214,11 +234,12 @@ def earlier_training(settings: GoldTrainingSettings) -> dict:
     base = adapter_base(folder)
     if Path(base).resolve() != Path(settings.model_name).resolve():
         raise InputError(f"--start_from: {folder} sits on {base}, expected {settings.model_name}")
-    record = read_json(folder / "training_record.json")
+    record = read_json(folder / RECORD)
+    trained = Checkpoint(folder).trained
     for name in ("heldout_share", "heldout_systems"):
         # What was trained on then cannot be held out now.
-        if record["settings"][name] != getattr(settings, name):
-            raise InputError(f"--start_from: {folder} was trained with {name} {record['settings'][name]}, expected the same as now")
+        if trained.get(name) != getattr(settings, name):
+            raise InputError(f"--start_from: {folder} was trained with {name} {trained.get(name)}, expected the same as now")
     return record
 
 
@@ -237,7 +258,17 @@ def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list
     training = [pair for pair in rest if not set(pair.systems) & set(settings.heldout_systems)]
     if not heldout or not training:
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
+    of_systems = f", {len(rest) - len(training)} of held-out systems" if len(rest) > len(training) else ""
+    print(f"{settings.preferences}: {len(pairs)} pairs, {len(heldout)} on held-out prompts{of_systems}, {len(training)} to train on")
     return training, heldout
+
+
+def make_room(output: Path) -> None:
+    """Lock the folder of the adapter. Raises InputError where something else is there, or another process writes it."""
+    hold(output)
+    clear_leftovers(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "adapter_config.json").is_file()):
+        raise InputError(f"--output_dir: {output} is there and is no adapter, expected another place")
 
 
 def main() -> None:
@@ -249,6 +280,8 @@ def main() -> None:
     check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
     earlier = earlier_training(settings) if settings.start_from else None
     training, heldout = split_pairs(settings, pairs)
+    if not settings.evaluate_only:
+        make_room(Path(settings.output_dir))
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
 

@@ -32,8 +32,10 @@ from typing import TYPE_CHECKING
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, digest, file_digest, read_json, write_json
-from parts.models import check_model_name, loading
+from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
+from parts.locks import hold
+from parts.models import check_model_name, loading, model_identity
+from parts.processes import is_first_process
 from parts.runs import RECORD, provenance
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
 
@@ -52,7 +54,7 @@ class SFTSettings(Settings):
         "", "causal LM to train: hub name or folder, no adapter", path=True, required=True, expected="a hub name or a folder"
     )
     chat_template_name: str = setting("alpaca", "a template of configs/chat_templates, or 'tokenizer' for the tokenizer's own")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
 
     dataset_path: str = setting("data/train.json", "training rows {input, output}: .json, .jsonl, or either gzipped", path=True)
     heldout_path: str = setting("", "rows of the same form to measure the loss on; empty means a share of the training rows", path=True)
@@ -60,7 +62,7 @@ class SFTSettings(Settings):
         0.05, "share of the training prompts that is held out, where heldout_path is empty", above=0, expected="more than 0 and less than 1"
     )
     data_note: str = setting("not stated", "origin and licence of the rows, for the card")
-    output_dir: str = setting("outputs/sft", "folder that receives the model", path=True)
+    output_dir: str = setting("outputs/sft", "folder that receives the model", written=True)
     overwrite: bool = setting(False, "replace what is at output_dir, and a begun training with other settings")
 
     answer_words: int = setting(
@@ -360,10 +362,15 @@ def main() -> None:
     if not training or not heldout:
         raise InputError(f"{settings.dataset_path}: no rows left to train on or to hold out, expected more rows or --heldout_path")
 
+    hold(settings.output_dir)
+    if is_first_process():
+        clear_leftovers(settings.output_dir)
+
     # 2. A model that is there already is either what this call would make, or in its way.
     files = {name: file_digest(path) for name in ("dataset_path", "heldout_path") if (path := getattr(settings, name))}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    fingerprint = digest([{name: value for name, value in asdict(settings).items() if name not in HARMLESS}, files, processes])
+    chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS | {"model_name", *files}}
+    fingerprint = digest([chosen, model_identity(settings.model_name), files, processes])
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
     marker = unfinished / "fingerprint"
     if output.exists() and not settings.overwrite:

@@ -46,9 +46,10 @@ from parts.annotators import (
     questions_of,
     rows_and_instructions,
 )
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import file_digest, write_json
+from parts.locks import hold
 from parts.models import check_device, check_model_name
 from parts.rows import QTYPES
 from parts.runs import provenance
@@ -57,11 +58,11 @@ ANNOTATORS = ("openai", "local", "classifier")
 
 
 @dataclass
-class AnnotationSettings:
-    data: list[str] = setting([], "the file of rows: .json, .jsonl, or either gzipped", positional=True)
+class AnnotationSettings(Settings):
+    data: list[str] = setting([], "the file of rows: .json, .jsonl, or either gzipped", positional=True, path=True)
     annotator: str = setting("", "who annotates: openai, local or classifier")
-    model: str = setting("", "openai: the API's name of a model; local: hub name or folder; classifier: its folder")
-    output: str = setting("", "file that receives the rows, .json")
+    model: str = setting("", "openai: the API's name of a model; local: hub name or folder; classifier: its folder", written=True)
+    output: str = setting("", "file that receives the rows, .json", written=True)
     overwrite_labels: bool = setting(False, "give a new qtype to rows that have a valid one, too")
     add_references: bool = setting(False, "openai and local: answer the rows that have no output")
     max_new_tokens: int = setting(512, "longest added reference in tokens")
@@ -72,14 +73,15 @@ class AnnotationSettings:
     price_output: float = setting(0.0, "openai: USD per million output tokens, for the estimate; 0 means unknown")
     estimate_only: bool = setting(False, "openai: print the estimate and send nothing")
     chat_template_name: str = setting("tokenizer", "local: a template of configs/chat_templates/, or the tokenizer's own")
-    train_from: str = setting("", "classifier: labelled rows to train on; empty means that it is trained already")
-    encoder: str = setting("models/all-MiniLM-L6-v2", "classifier: sentence encoder, hub name or folder")
+    train_from: str = setting("", "classifier: labelled rows to train on; empty means that it is trained already", path=True)
+    encoder: str = setting("models/all-MiniLM-L6-v2", "classifier: sentence encoder, hub name or folder", path=True)
     seed: int = setting(42, "classifier: seed of the folds")
     batch_size: int = setting(16, "local and classifier: texts at a time")
     device: str = setting("", "local and classifier: cuda, cpu, ...; empty means the GPU where there is one")
-    cache_dir: str = setting("", "local and classifier: where hub downloads are kept; empty means the default cache")
+    cache_dir: str = setting("", "local and classifier: where hub downloads are kept; empty means the default cache", written=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.annotator not in ANNOTATORS:
             raise InputError(f"--annotator is {self.annotator!r}, expected {' or '.join(ANNOTATORS)}")
         if not self.model:
@@ -104,8 +106,8 @@ class AnnotationSettings:
 
 
 @dataclass
-class ComparisonSettings:
-    compare: list[str] = setting([], "annotated files, at least two")
+class ComparisonSettings(Settings):
+    compare: list[str] = setting([], "annotated files, at least two", path=True)
 
 
 def require_answers(refused: Sequence[tuple[Question, str]], partial: Path) -> None:
@@ -129,6 +131,7 @@ def main() -> None:
     # 1. What there is to do, and everything a user can get wrong.
     if len(settings.data) != 1:
         raise InputError(f"{len(settings.data)} files of rows, expected one")
+    hold(settings.output)
     rows, prompts = rows_and_instructions(settings.data[0])
     places = {"qtype": [row for row, found in enumerate(rows) if settings.overwrite_labels or lacks_qtype(found)], "output": []}
     if settings.add_references:

@@ -32,10 +32,10 @@ from urllib.parse import urlsplit
 # The modules lie one folder up, which Python does not search for a script in data/.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, file_digest, read_csv, read_json, read_text, write_json
-from parts.rows import QTYPES, read_rows
+from parts.rows import QTYPES, Problem, one_prompt, read_rows, say_once
 from parts.runs import provenance
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
@@ -46,10 +46,12 @@ TASKS_AT_ONCE = 10  # tasks fetched together: few round trips, and a bar that mo
 
 
 @dataclass
-class DataSettings:
-    source: list[str] = setting([], "alpacafarm, alpaca_eval, superni, a file, or a dataset of the hub (owner/name)", positional=True)
-    data_dir: str = setting("data", "folder that receives alpacafarm, alpaca_eval and superni")
-    output: str = setting("", "file (.json) that receives the rows of a file or of a hub dataset")
+class DataSettings(Settings):
+    source: list[str] = setting(
+        [], "alpacafarm, alpaca_eval, superni, a file, or a dataset of the hub (owner/name)", positional=True, path=True
+    )
+    data_dir: str = setting("data", "folder that receives alpacafarm, alpaca_eval and superni", written=True)
+    output: str = setting("", "file (.json) that receives the rows of a file or of a hub dataset", written=True)
     input_column: str = setting("input", "column with the instruction")
     output_column: str = setting("output", "column with the reference answer; empty for none")
     split: str = setting("train", "split of a hub dataset")
@@ -86,11 +88,8 @@ class Published:
 
 def alpacafarm_rows(path: Path) -> list[dict]:
     """AlpacaFarm's {instruction, input, output} as {input, output}: the material, if any, under `### Input:`."""
-    rows = []
-    for row in read_rows(path, {"instruction": None, "input": None}):
-        prompt = row["instruction"] + (f"\n\n### Input:\n{row['input']}" if row["input"] else "")
-        rows.append({"input": prompt, "output": row["output"]} if "output" in row else {"input": prompt})
-    return rows
+    rows = read_rows(path, {"instruction": None, "input": None})  # which joins them
+    return [{name: row[name] for name in ("input", "output") if name in row} for row in rows]
 
 
 def alpaca_eval_rows(path: Path) -> list[dict]:
@@ -106,7 +105,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
     """
     kind = table_kind(path.name)
     if kind == ".parquet":
-        return _parquet_rows(path, columns)
+        return whole_prompts(_parquet_rows(path, columns), path)
     if kind == ".csv":
         rows = read_csv(path)
     elif kind == ".json" and read_text(path).lstrip().startswith("{"):
@@ -115,7 +114,18 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
         rows = read_rows(path, {})
     for number, row in enumerate(rows, start=1):
         _require_columns(row, columns, f"{path}: row {number}")
-    return rows
+    return whole_prompts(rows, path)
+
+
+def whole_prompts(rows: Sequence[dict], path: Path) -> list[dict]:
+    """Rows with their whole prompts, as `parts.rows.one_prompt` puts them together, which is said."""
+    whole = [one_prompt(row, number) for number, row in enumerate(rows, start=1)]
+    if joined := sum(row is not own for row, own in zip(whole, rows)):
+        say_once(f"{path}: {joined} prompts are put together from 'instruction' and 'input', or from 'messages'")
+    for problem in whole:
+        if isinstance(problem, Problem):
+            raise InputError(f"{path}: {problem}")
+    return whole
 
 
 def table_kind(name: str) -> str:
@@ -150,7 +160,8 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> list[dict]:
     try:
         names = parquet.read_schema(path).names
         _require_columns(names, columns, str(path))
-        rows = parquet.read_table(path, columns=[*columns, *({"qtype"} & set(names) - set(columns))]).to_pylist()
+        also = {"qtype", "instruction", "input", "messages"} & set(names) - set(columns)
+        rows = parquet.read_table(path, columns=[*columns, *sorted(also)]).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     if not rows:

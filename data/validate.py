@@ -17,27 +17,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import Tokens, examine, index_prompts
 from parts.errors import InputError, run_main
-from parts.files import write_json
+from parts.files import check_writable, write_json
 from parts.models import check_tokenizer_name
 from parts.runs import provenance
 
 
 @dataclass
-class ValidationSettings:
-    files: list[str] = setting([], "files of rows", positional=True)
+class ValidationSettings(Settings):
+    files: list[str] = setting([], "files of rows", positional=True, path=True)
     require: list[str] = setting([], "fields that every row must have besides its prompt; the paper's reward reads output and qtype")
-    against: list[str] = setting([], "files of evaluation prompts, which no other file should hold")
-    tokenizer: str = setting("", "count tokens with the tokenizer of this model: hub name or folder")
+    against: list[str] = setting([], "files of evaluation prompts, which no other file should hold", path=True)
+    tokenizer: str = setting("", "count tokens with the tokenizer of this model: hub name or folder", path=True)
     chat_template_name: str = setting("alpaca", "template that prompts are counted in, as in run_ppo.py")
     max_prompt_length: int = setting(512, "with a tokenizer, training prompts must have fewer tokens than this")
     long_text: int = setting(20000, "characters from which a text is called long")
     show: int = setting(20, "how many problems of each kind to list")
-    output: str = setting("", "file for the report, as JSON")
+    output: str = setting("", "file for the report, as JSON", written=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.show < 0:
             raise InputError(f"--show is {self.show}, expected 0 or more")
         for name in ("max_prompt_length", "long_text"):
@@ -63,6 +64,8 @@ def main() -> None:
     inputs = [*settings.files, *settings.against]
     if settings.output and any(Path(settings.output).resolve() == Path(path).resolve() for path in inputs):
         raise InputError(f"--output is {settings.output}, which is one of the files to validate")
+    if settings.output:
+        check_writable(settings.output)
     tokens = load_tokens(settings)
     against = {path: index_prompts(path) for path in settings.against}
 

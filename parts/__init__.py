@@ -9,6 +9,7 @@ floor 0, what needs nothing of ours
 floor 1, files
     files             text, JSON, CSV in; atomic writes out; digests
     rows              files of rows: reading, checking, matching
+    locks             one process at a time in one place
     bradley_terry     the loss of a gold model's training, over rankings
 floor 2, words, names, numbers
     cli               command lines and YAML files into dataclasses of settings
@@ -24,7 +25,7 @@ floor 3, on models
 floor 4, what the stages are made of
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
-    gold_models       gold reward models
+    gold_settings     how gold reward models are loaded and run
     generation        prompts in, responses out
     logprobs          hidden states in, log-probabilities out, in the model's own way
     data_checks       all that is wrong with a file of rows, in one pass
@@ -50,6 +51,26 @@ floor 6, the largest
     counting          memory and operations of PPO, from shapes alone
     report            the lines, the files and the pages of scored runs
     score_files       the scoring command
-    best_of_n_command  the best-of-n command
+    gold_models       gold reward models, which PPO may train against too
     annotators        what annotates rows: an API, a local model, a classifier
+floor 7, on all of these
+    best_of_n_command  the best-of-n command
 """
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def _stop(number: int, frame: object) -> None:
+    print("\ninterrupted: nothing was begun", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+# A script of this project that is stopped while it still imports: `parts.errors.run_main` takes over from here.
+_main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "-").resolve()
+if _main.suffix == ".py" and _main.parent in (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent / "data"):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:  # as a shell starts what runs behind it
+            signal.signal(_number, _stop)

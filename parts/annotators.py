@@ -58,16 +58,15 @@ def rows_and_instructions(path: str) -> tuple[list[dict], list[str]]:
     """Read rows of either schema, and the instruction of each.
 
     Raises:
-        InputError: an unusable file, a row with both or neither of `input` and `instruction`, an empty instruction, or an output that is
+        InputError: an unusable file, a row with neither `input` nor `instruction`, an empty instruction, or an output that is
             not text.
     """
     rows = read_rows(path, {})
     prompts = []
     for number, row in enumerate(rows, start=1):
         names = [name for name in ("input", "instruction") if name in row]
-        if len(names) != 1:
-            found = "both 'input' and 'instruction'" if names else "neither 'input' nor 'instruction'"
-            raise InputError(f"{path}: row {number}: found {found}, expected one of them with the whole instruction")
+        if not names:
+            raise InputError(f"{path}: row {number}: found neither 'input' nor 'instruction', expected one of them")
         value = row[names[0]]
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{path}: row {number}: field '{names[0]}' is {value!r}, expected an instruction")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from scipy.stats import binomtest
+import scipy
 
 from parts.rank_statistics import table_text
 
@@ -22,7 +22,7 @@ def compare_totals(ours: Mapping[str, Sequence], baseline: Mapping[str, Sequence
     rows = len(ours["total"])
     won = sum(own > other for own, other in zip(ours["total"], baseline["total"]))
     lost = sum(own < other for own, other in zip(ours["total"], baseline["total"]))
-    interval = binomtest(won, rows).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(won, rows).proportion_ci(method="wilson")
     return {
         "ours": _means(ours),
         "baseline": _means(baseline),

@@ -26,7 +26,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclass
 class BundledModelSettings(Settings):
-    output_dir: str = setting("models", "folder that receives one folder per model", path=True)
+    output_dir: str = setting("models", "folder that receives one folder per model", written=True)
 
 
 def package_folder(package: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from parts.errors import InputError
 from parts.files import REPOSITORY, read_text
@@ -51,8 +51,22 @@ class ChatTemplate:
         """The prompt up to where the response begins."""
         return self.render_chat([{"role": "user", "content": instruction}], add_generation_prompt=True)
 
+    def render_row(self, row: Mapping, field: str) -> str:
+        """The prompt of a row: its turns where it keeps several (`messages`), else its field's text.
+
+        Only a tokenizer's own template knows a system turn; for the others it begins the user's first one.
+        """
+        turns = row.get("messages") or []
+        if len(turns) < 2:
+            return self.render(row[field])
+        if self.name != TOKENIZER_OWN and turns[0]["role"] == "system":
+            turns = [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+        return self.render_chat(turns, add_generation_prompt=True)
+
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery. Raises InputError where the template fails."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             rendered, _ = render_jinja_template(
                 [messages], chat_template=self.source, add_generation_prompt=add_generation_prompt, **self.special_tokens
@@ -140,15 +154,24 @@ def _load_file(path: Path) -> ChatTemplate:
     return ChatTemplate(path.stem, source, *lists)
 
 
-def encode_instructions(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, instructions: list[str]) -> list[list[int]]:
-    """Token ids of the prompts of instructions. A control token that an instruction spells out is text, not a control token."""
+def encode_rows(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Sequence[Mapping], field: str) -> list[list[int]]:
+    """Token ids of the prompts of rows (`render_row`). A control token that a row's text spells out is text, not a control token."""
     control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     control |= {*template.stop_strings, *template.role_headings} & tokenizer.get_added_vocab().keys()
-    control = {token for token in control if len(token) > 1}
-    if not control:
-        return encode_prompts(tokenizer, [template.render(text) for text in instructions])
-    spelled = re.compile("|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in sorted(control)))
-    return encode_prompts(tokenizer, [template.render(spelled.sub(rf"\g<0>{_MARK}", text)) for text in instructions])
+    split = "|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in sorted(control) if len(token) > 1)
+
+    def as_text(text: str) -> str:
+        return re.sub(split, rf"\g<0>{_MARK}", text) if split else text
+
+    turns = [[{**turn, "content": as_text(turn["content"])} for turn in row.get("messages") or []] for row in rows]
+    return encode_prompts(
+        tokenizer, [template.render_row({field: as_text(row[field]), "messages": own}, field) for row, own in zip(rows, turns)]
+    )
+
+
+def encode_instructions(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, instructions: list[str]) -> list[list[int]]:
+    """As `encode_rows`, of rows that are one text each."""
+    return encode_rows(tokenizer, template, [{"input": text} for text in instructions], "input")
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:

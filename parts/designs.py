@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,16 +17,23 @@ from parts.rows import read_rows
 def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:
     """Outputs of systems: {system: {instruction: output}}; a system is its rows' `generator`, or the file's name where they have none.
 
+    Of an instruction that comes twice the last output counts, which is said.
+
     Raises:
-        InputError: an unusable file, or a system twice.
+        InputError: an unusable file, rows of several generators, or a system twice.
     """
     systems = {}
     for path in paths:
         rows = read_rows(path, {"instruction": None, "output": None})
-        name = rows[0].get("generator") or Path(path).name.split(".")[0]
+        generators = list(dict.fromkeys(row.get("generator") for row in rows))
+        if len(generators) > 1:
+            raise InputError(f"{path}: rows of the generators {', '.join(map(repr, generators[:3]))}, expected one system a file")
+        name = str(generators[0] or re.sub(r"\.jsonl?(\.gz)?$", "", Path(path).name))
         if name in systems:
             raise InputError(f"{path}: system {name!r} comes twice, expected one file for each")
         systems[name] = {row["instruction"]: row["output"] for row in rows}
+        if twice := len({(row["instruction"], row["output"]) for row in rows}) - len(systems[name]):
+            print(f"{path}: {twice} instructions come again with another output: the last one counts")
     return systems
 
 

@@ -17,7 +17,9 @@ def run_main(main: Callable[[], None]) -> None:
     Exit codes: 2 for an `InputError`, 1 for a number that is not finite (`FloatingPointError`) and for what the system refuses (a full
     disk ...: `OSError`), 130 for Ctrl-C and SIGTERM.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts what runs behind it
+            signal.signal(number, signal.default_int_handler)
     try:
         main()
     except InputError as error:

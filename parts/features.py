@@ -7,11 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import cached_property
 
+import regex
+
 from parts.cli import Settings, setting
 from parts.rows import QTYPES
 
+PROXY = ("the proxy reward", "LI is the length incentive, RP the repetition penalty, QR and RAR are relevances by a sentence encoder M.")
 UNBRANCHED = "any row of a reward without branches"
 OPTIONS = ("length_target", "max_sequence_length")  # settings that a feature's function may read
+
+
+def tokens_of(text: str) -> list[str]:
+    """Runs of letters, digits and underscores, and runs of other marks: what nltk's `wordpunct_tokenize` gives, which takes a second to import.
+
+    nltk reads the pattern with the `regex` package, to which "\u00b2" is no letter or digit; to `re` it is one.
+    """
+    return regex.findall(r"\w+|[^\w\s]+", text)
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class Feature:
     Args:
         column: its name in scores, logs, tables and records.
         function: computes it. The names of its parameters say what it reads of a row:
-            "tokens" and "text", the response cut at its first stop string, as `wordpunct_tokenize`'s tokens and as text;
+            "tokens" and "text", the response cut at its first stop string, as `tokens_of` gives its tokens and as text;
             "response", uncut; "query", "reference" and any other column of the dataset;
             "response_embeddings", "query_embeddings", "reference_embeddings", [rows, dimension]: it then returns a list, a value a row;
             "length_target" and "max_sequence_length", the settings.
@@ -75,6 +86,6 @@ def switches_of(features: Sequence[Feature]) -> type[Settings]:
     """A dataclass of settings with a flag for each switch, whose help text is what its features' docstrings say."""
     fields = []
     for switch, turned_on in by_switch(features).items():
-        help_text = f"proxy reward: {'; '.join(feature.summary for feature in turned_on)}".replace("%", "%%")
-        fields.append((switch, bool, setting(turned_on[0].default, help_text)))
+        help_text = f"proxy reward: {'; '.join(feature.summary for feature in turned_on)}"
+        fields.append((switch, bool, setting(turned_on[0].default, help_text, group=None if fields else PROXY)))
     return make_dataclass("Switches", fields, bases=(Settings,))

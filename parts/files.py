@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import csv
+import errno
+import glob
 import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +23,7 @@ from pathlib import Path
 from parts.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_HOLDER, _REPLACED = ".unfinished", "replaced"  # a folder beside what is being written; the name in it of what is replaced
 
 
 def read_text(path: str | Path) -> str:
@@ -42,25 +46,42 @@ def read_json(path: str | Path) -> dict:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: broken JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file under a line of column names. Raises InputError for broken quotes, ragged rows, or none."""
+    """The rows of a CSV file under a line of column names; semicolons and tabs part cells too, where that line has no comma.
+
+    Raises:
+        InputError: broken quotes, ragged rows, no rows, or a column's name twice.
+    """
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    text = read_text(path).removeprefix("\ufeff")
+    first = text.split("\n", 1)[0]
+    delimiter = "," if "," in first else next((mark for mark in ";\t" if mark in first), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         rows = list(reader)
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.reader.line_num}: broken CSV ({error})") from None
+    names = reader.fieldnames or []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: column {twice[0]!r} comes twice, expected a name of its own for each")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(reader.fieldnames)} columns")
+            raise InputError(f"{path}: row {number}: has more or fewer cells than the {len(names)} columns")
     if not rows:
         raise InputError(f"{path}: no rows, expected at least one under the line of column names")
     return rows
+
+
+def is_same_path(one: object, other: object) -> bool:
+    """Whether two texts name one file or folder, however they are spelled."""
+    return bool(one and other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
 
 
 def file_digest(path: str | Path) -> str:
@@ -101,16 +122,62 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     Works for files and for directories; an existing target directory is replaced.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary = holder / target.name
-    try:
-        yield temporary
-        if temporary.is_dir() and target.is_dir():
-            target.rename(holder / "replaced")
-        temporary.replace(target)
-    finally:
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_HOLDER, dir=target.parent))
+        temporary = holder / target.name
+        try:
+            yield temporary
+            if temporary.is_dir() and target.is_dir():
+                target.rename(holder / _REPLACED)
+            temporary.replace(target)
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def clear_leftovers(target: str | Path) -> None:
+    """Remove what a kill inside `atomic_path(target)` or `remove_folder(target)` left beside `target`.
+
+    A kill between the two renames of a directory's exchange left nothing at `target`: the new directory, which is whole, is put there.
+    Whoever calls this is alone at `target` (`parts.locks`).
+    """
+    target = Path(target)
+    for holder in target.parent.glob(f".{glob.escape(target.name)}.{'[!.]' * 8}{_HOLDER}"):
+        if (holder / _REPLACED).exists() and (holder / target.name).exists() and not target.exists():
+            (holder / target.name).rename(target)
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a directory so that a kill leaves all of it or nothing under its name."""
+    folder = Path(folder)
+    holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_HOLDER, dir=folder.parent))
+    folder.rename(holder / "removed")
+    shutil.rmtree(holder)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError where a file cannot be written, before anything is computed for it; its folder is made."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written there ({error.strerror})") from None
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file in what the system says of it: an OSError of a write (a full disk, a quota) does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or isinstance(error, TimeoutError | ConnectionError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -145,16 +212,18 @@ class JsonLines:
         for number, line in enumerate(self._whole_lines(), start=1):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise InputError(f"{self.path}: line {number} is broken JSON; delete the file to start again") from None
 
     def append(self, *values: object) -> None:
         """Write values, each on a line of its own, and flush. NaN and infinity raise ValueError: they are not JSON."""
         text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
-        with self._appending:
+        with self._appending, naming(self.path):
             self._mend()
+            self._mended = False  # until the lines are whole: a full disk may take a part of them
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            self._mended = True
 
     def _mend(self) -> None:
         """Make the file, or cut off its unfinished last line, once."""

@@ -41,6 +41,18 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that the same flag would not take."""
+        for name, whole, allowed, expected in (
+            ("max_new_tokens", True, lambda value: value >= 1, "a whole number, at least 1"),
+            ("temperature", False, lambda value: 0 <= value < math.inf, "a number, at least 0"),
+            ("top_p", False, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+            ("top_k", True, lambda value: value >= 0, "a whole number, at least 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not allowed(value):
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+
     def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """The next token of each row, [rows], from its logits [rows, vocabulary] and one number in [0, 1) a row.
 

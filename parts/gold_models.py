@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,50 +25,16 @@ from torch import nn
 from parts.adapters import adapter_weights, is_lora, put_on, read_kind
 from parts.batching import batches_by_length, pad
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, own_source
-from parts.cli import Settings, setting
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
-from parts.files import file_digest, read_json
-from parts.models import adapter_base, check_model_name, loading
+from parts.files import file_digest
+from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
+from parts.models import MOST_DIGESTED, adapter_base, loading
+from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
-MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
-
-
-@dataclass
-class GoldSettings(Settings):
-    """How gold models are loaded and run. Shared by every script that scores with one."""
-
-    gold_batch_tokens: int = setting(
-        16384, "most tokens, padding included, in a gold batch (on a CPU 1,024 at most); a longer row is scored alone"
-    )
-    gold_dtype: str = setting("", "bfloat16 or float32 for the gold weights; empty means bfloat16 on GPUs, float32 on a CPU")
-    load_in_8bit: bool = setting(False, "gold weights in 8 bits (bitsandbytes)")
-    load_in_4bit: bool = setting(False, "gold weights in 4 bits (bitsandbytes, nf4)")
-    human_assistant_prefix: bool = setting(False, "Starling: the instruction in a second frame of Human and Assistant, as published")
-
-    @property
-    def quantized(self) -> bool:
-        return self.load_in_8bit or self.load_in_4bit
-
-    def check_gold(self, names: Sequence[str]) -> None:
-        """Raises InputError for what can be known to be unusable before a model loads."""
-        if self.gold_batch_tokens < 1:
-            raise InputError(f"--gold_batch_tokens is {self.gold_batch_tokens}, expected at least 1")
-        if self.gold_dtype not in ("", "bfloat16", "float32"):
-            raise InputError(f"--gold_dtype is {self.gold_dtype!r}, expected bfloat16 or float32")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
-        if self.quantized and importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
-        for name in names:
-            check_model_name(name)
-        if self.human_assistant_prefix and not any(map(_is_starling, names)):
-            raise InputError("--human_assistant_prefix is for Starling, and no gold model is one")
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
@@ -131,7 +97,7 @@ class _GoldRewardModel(ABC):
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
         names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
         return {
-            "gold": self.name,
+            "gold": "" if Path(self.name).is_dir() else self.name,  # a folder is its weights, however it is spelled
             "weights": weights_digest(self.name, self.model),
             "dtype": self.dtype,
             "max_length": self.max_length,
@@ -178,16 +144,6 @@ class _GoldRewardModel(ABC):
     @abstractmethod
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
         """[rows, time] ids, mask and types, padded on the right, to [rows] scores."""
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """A column's name for each gold model: "gold" for a lone one, else the last part of its path, or all of it where two share that."""
-    if len(set(paths)) < len(paths):
-        raise InputError("--gold_model names a model twice")
-    if len(paths) == 1:
-        return ["gold"]
-    last = [Path(path).name for path in paths]
-    return last if len(set(last)) == len(last) else list(paths)
 
 
 def weights_digest(name_or_path: str, model: PreTrainedModel | None) -> str:
@@ -371,31 +327,11 @@ def load_gold_reward_model(
     """
     cls = SequenceClassificationRMForInference
     tokenizer = {}
-    if _is_starling(name_or_path):
+    if is_starling(name_or_path):
         cls = StarlingRMForInference
         if (Path(name_or_path) / "tokenizer_config.json").is_file():
             tokenizer = {"tokenizer_name": name_or_path}
     return cls(name_or_path, device=device, batch_size=batch_size, settings=settings, **tokenizer)
-
-
-def _is_starling(name_or_path: str) -> bool:
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return "v_head.weight" in _weight_names(folder)
-    return "starling-rm" in name_or_path.lower()
-
-
-def _weight_names(folder: Path) -> Iterable[str]:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return read_json(index)["weight_map"].keys()
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return ()
-    with safe_open(single, framework="pt") as weights:
-        return list(weights.keys())
 
 
 @contextmanager
@@ -443,3 +379,56 @@ def _load_model(
     if missing:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
     return model if placement or device is None else model.to(device)
+
+
+class LearnedReward:
+    """A learned reward model, or an ensemble of them, as a reward: the gold stage's models, with `score` for the logs.
+
+    Args:
+        names: hub names, folders or adapter folders.
+        device: where they score; by default what `load_gold_reward_model` chooses.
+        batch_size: most rows per forward pass.
+        ensemble, coefficient: how several become one, as `ensemble_total` says.
+        offload: keep them in host memory, and on the device only one at a time, for its turn.
+    """
+
+    required_columns = ["query", "response"]
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: str | None,
+        batch_size: int,
+        ensemble: str = "mean",
+        coefficient: float = 0.0,
+        offload: bool = False,
+    ) -> None:
+        self.ensemble = ensemble
+        self.coefficient = coefficient
+        self.offload = offload
+        self.members = {}
+        for column, name in member_columns(names).items():
+            self.members[column] = load_gold_reward_model(name, device=device, batch_size=batch_size)
+            self.device = self.members[column].model.device
+            self._move(column, "cpu")
+
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
+        """One float a row."""
+        return self.score(batch)["total"]
+
+    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """The column "total"; of an ensemble each member's scores besides, by name, and "disagreement", their standard deviation a row."""
+        scores = {}
+        for column, model in self.members.items():
+            self._move(column, self.device)
+            scores[column] = model.get_reward(batch)
+            self._move(column, "cpu")
+        if len(scores) == 1:
+            return {"total": next(iter(scores.values()))}
+        rows = list(zip(*scores.values()))
+        total = ensemble_total(list(scores.values()), self.ensemble, self.coefficient)
+        return {**scores, "disagreement": [statistics.pstdev(row) for row in rows], "total": total}
+
+    def _move(self, column: str, device: object) -> None:
+        if self.offload:
+            self.members[column].model.to(device)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, read_json
+from parts.files import REPOSITORY, digest, file_digest, read_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
+MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
+_CONTENT = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja", "*/config.json", "*/*.safetensors")
 
 
 def check_model_name(name_or_path: str) -> None:
@@ -38,6 +40,24 @@ def check_tokenizer_name(name_or_path: str) -> None:
     """As `check_model_name`, for a tokenizer: a folder that holds one alone will do."""
     if not (Path(name_or_path) / "tokenizer_config.json").is_file():
         check_model_name(name_or_path)
+
+
+def model_identity(name_or_path: str) -> str:
+    """What a model is known by in caches: a hub's name, or a digest of a folder's weights, configuration and tokenizer, however it is spelled.
+
+    An adapter's base counts too.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    known = []
+    for path in sorted({path for pattern in _CONTENT for path in folder.glob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        content = file_digest(path) if size <= MOST_DIGESTED else (size, path.stat().st_mtime_ns)
+        known.append(f"{path.relative_to(folder)} {content}")
+    if (folder / "adapter_config.json").is_file():
+        known.append(model_identity(adapter_base(folder)))
+    return digest(known)
 
 
 def check_device(name: str) -> None:
@@ -60,11 +80,17 @@ def adapter_base(adapter: str | Path) -> str:
     Raises:
         InputError: the folder does not exist in either place and the name is not one of a hub.
     """
-    base = read_json(Path(adapter) / "adapter_config.json")["base_model_name_or_path"]
+    config = Path(adapter) / "adapter_config.json"
+    base = read_json(config).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{config}: 'base_model_name_or_path' is {base!r}, expected the model that the adapter is for")
     for candidate in (Path(base), REPOSITORY / base):
         if candidate.is_dir():
             return str(candidate)
-    check_model_name(base)
+    try:
+        check_model_name(base)
+    except InputError as error:
+        raise InputError(f"{config}: its base model: {error}") from None
     return base
 
 

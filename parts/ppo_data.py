@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parts.chat_templates import encode_instructions
+from parts.chat_templates import encode_rows
 from parts.data_checks import check_rows, too_long
 from parts.errors import InputError
 
@@ -52,7 +52,7 @@ def read_prompts(
     """
     rows = check_rows(path, {"input": None, **fields}, against)
     prompts = []
-    encoded = encode_instructions(tokenizer, template, [row["input"] for row in rows])
+    encoded = encode_rows(tokenizer, template, rows, "input")
     for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):
         problem = too_long(len(tokens), max_length)
         if problem is None:

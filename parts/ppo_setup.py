@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
+from parts.cli import did_you_mean
 from parts.cpu_speed import use_onednn
 from parts.errors import InputError
 from parts.models import load_causal_lm, loading
@@ -82,7 +83,10 @@ def lora_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             linear = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))})
-            raise InputError(f"--lora_target_modules holds {name!r}, expected modules of the model: {', '.join(linear)} ... or all-linear")
+            hint = did_you_mean(name, linear)
+            raise InputError(
+                f"--lora_target_modules holds {name!r}{hint}, expected modules of the model: {', '.join(linear)} ... or all-linear"
+            )
     return names
 
 

@@ -358,7 +358,10 @@ class FastPPOTrainer(PPOTrainer):
             like = {"dtype": scores.dtype, "device": scores.device}
             spread = running.std.to(**like) + torch.finfo(scores.dtype).eps if running.count > 1 else 1.0  # one score has no deviation
             center = running.mean.to(**like) if config.use_score_norm else 0.0
-            scores[rows] = (scores[rows] - center) / spread
+            # Equal rewards have a deviation of some roundings of their mean, which is none: TRL divides rounding by it.
+            rounding = 16 * torch.finfo(scores.dtype).eps * running.mean.abs().to(**like)
+            equal = running.count > 1 and running.std.to(**like) <= rounding and config.use_score_norm
+            scores[rows] = 0.0 if equal else (scores[rows] - center) / spread
         return scores if config.score_clip is None else torch.clip(scores, -config.score_clip, config.score_clip)
 
     def _moments_in_use(self, qtypes: Sequence[str] | None) -> list[tuple[RunningMoments, object]]:

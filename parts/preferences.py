@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,15 +36,40 @@ class Pair:
 
 
 def read_pairs(path: str) -> list[Pair]:
-    """Preference pairs of a file. Raises InputError naming the row whose preference is not 1 or 2."""
-    pairs = []
-    for number, row in enumerate(read_rows(path, {"instruction": None, "output_1": None, "output_2": None}), start=1):
-        if row.get("preference") not in (1, 2):
-            raise InputError(f"{path}: row {number}: field 'preference' is {row.get('preference')!r}, expected 1 or 2")
+    """Preference pairs of a file; a line says which rows were left out.
+
+    A preference is 1 or 2. One in between, as AlpacaEval's weighted annotators give it, is for its nearer side; 1.5 and 0 are ties, null and
+    NaN no preference, and such rows are left out.
+
+    Raises:
+        InputError: the row whose preference is none of these, or no pair.
+    """
+    pairs, counts, weighted = [], Counter(), 0
+    rows = read_rows(path, {"instruction": None, "output_1": None, "output_2": None})
+    for number, row in enumerate(rows, start=1):
+        given = row.get("preference", "missing")
+        if given is None or given != given:
+            counts["without a preference"] += 1
+            continue
+        if isinstance(given, bool) or not isinstance(given, int | float) or not (given == 0 or 1 <= given <= 2):
+            raise InputError(f"{path}: row {number}: field 'preference' is {given!r}, expected 1 or 2, or a number between them")
+        if given in (0, 1.5):
+            counts["a tie"] += 1
+            continue
+        side = 1 if given < 1.5 else 2
+        weighted += given not in (1, 2)
         answers = (row["output_1"], row["output_2"])
-        chosen = answers[row["preference"] - 1]
         systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
-        pairs.append(Pair(row["instruction"], chosen, answers[2 - row["preference"]], systems=systems))
+        pairs.append(Pair(row["instruction"], answers[side - 1], answers[2 - side], systems=systems))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    if not pairs:
+        raise InputError(f"{path}: no row prefers an answer ({reasons})")
+    if reasons or weighted:
+        between = f"{weighted} between 1 and 2 count for their nearer side" if weighted else ""
+        print(
+            f"{path}: {len(pairs)} of {len(rows)} pairs"
+            + "".join(f"; {what}" for what in (reasons and f"left out: {reasons}", between) if what)
+        )
     return pairs
 
 

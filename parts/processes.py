@@ -17,6 +17,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the launcher's processes, or the only one; known before they come together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_processes(mini_batch_size: int, gradient_accumulation_steps: int) -> Accelerator:
     """Join the processes of `accelerate launch`. The batch sizes given here win over those of the launch file.
 

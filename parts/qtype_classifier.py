@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
-from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+import scipy  # its parts load when they are used
 from tqdm import tqdm
 
 from parts.errors import InputError
@@ -30,6 +26,7 @@ from parts.files import read_json, write_json
 from parts.rows import QTYPES
 
 if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
     from transformers import PreTrainedModel
 
     from parts.relevance import RelevanceModel
@@ -73,6 +70,8 @@ def instruction_proper(text: str) -> str:
 
 
 def _vectorizer(**options: object) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here, since it takes a second
+
     return TfidfVectorizer(preprocessor=_prepare, ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True, **options)
 
 
@@ -114,6 +113,8 @@ class QtypeClassifier:
             words = vectorizer.fit_transform(texts)
         except ValueError:
             raise InputError(f"no word stands in two of {len(texts)} labelled instructions, expected more of them") from None
+        from sklearn.linear_model import LogisticRegression
+
         regression = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=3000)
         regression.fit(_features(words, embeddings), constrained)
         weights = regression.coef_[0]
@@ -127,7 +128,7 @@ class QtypeClassifier:
         vectorizer = _vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
         weights = np.concatenate([self.term_weights, self.embedding_weights])
-        return expit(_features(vectorizer.transform(texts), embeddings) @ weights + self.bias)
+        return scipy.special.expit(_features(vectorizer.transform(texts), embeddings) @ weights + self.bias)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, in which a float64 keeps its every bit."""
@@ -172,6 +173,8 @@ def cross_validate(texts: Sequence[str], embeddings: np.ndarray, constrained: np
     """
     right = np.zeros(len(texts), dtype=bool)
     by_fold = []
+    from sklearn.model_selection import StratifiedKFold
+
     for train, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(embeddings, constrained):
         classifier = QtypeClassifier.fit([texts[row] for row in train], embeddings[train], constrained[train], embeddings[0], {})
         found = classifier.probabilities([texts[row] for row in held_out], embeddings[held_out]) > 0.5
@@ -200,8 +203,8 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)
 
 
-def _features(words: sparse.csr_matrix, embeddings: np.ndarray) -> sparse.csr_matrix:
-    return sparse.hstack([words, sparse.csr_matrix(_unit(np.asarray(embeddings, dtype=float)))], format="csr")
+def _features(words: scipy.sparse.csr_matrix, embeddings: np.ndarray) -> scipy.sparse.csr_matrix:
+    return scipy.sparse.hstack([words, scipy.sparse.csr_matrix(_unit(np.asarray(embeddings, dtype=float)))], format="csr")
 
 
 def label_prompt(instruction: str) -> str:

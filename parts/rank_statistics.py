@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import kendalltau, permutation_test, rankdata, sem, spearmanr
+import scipy  # its parts load when they are used
 
 from parts.rows import QTYPES
 
@@ -28,7 +28,7 @@ class ScoredRun:
         steps: [checkpoints] PPO steps, rising.
         instructions, qtypes, references: [rows]; the last two None where a row has none.
         responses: [checkpoints][rows] texts.
-        tokens: [checkpoints, rows] length of each response up to its first stop string, in `wordpunct_tokenize`'s tokens.
+        tokens: [checkpoints, rows] length of each response up to its first stop string, in `parts.features.tokens_of`'s tokens.
         components: feature to [checkpoints, rows]; NaN where a row's branch does not use it.
         proxy: [checkpoints, rows].
         gold: gold's name to [checkpoints, rows], or [checkpoints, 1] where only means are known.
@@ -58,12 +58,12 @@ def spearman(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """Spearman's rank correlation of two curves, ties at their mean rank; None where either is constant."""
     if len(set(np.asarray(proxy).tolist())) < 2 or len(set(np.asarray(gold).tolist())) < 2:
         return None
-    return float(spearmanr(proxy, gold).statistic)
+    return float(scipy.stats.spearmanr(proxy, gold).statistic)
 
 
 def kendall(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """Kendall's tau-b of two curves; None where either is constant."""
-    value = float(kendalltau(proxy, gold).statistic)
+    value = float(scipy.stats.kendalltau(proxy, gold).statistic)
     return value if math.isfinite(value) else None
 
 
@@ -74,9 +74,9 @@ def permutation_pvalue(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """
     if spearman(proxy, gold) is None:
         return None
-    one, other = (rankdata(curve) - np.mean(rankdata(curve)) for curve in (proxy, gold))
+    one, other = (scipy.stats.rankdata(curve) - np.mean(scipy.stats.rankdata(curve)) for curve in (proxy, gold))
     if len(one) <= EXACT_UP_TO:
-        found = permutation_test(
+        found = scipy.stats.permutation_test(
             [one],
             lambda orders, axis: np.abs((orders * other).sum(axis=axis)),
             permutation_type="pairings",
@@ -100,7 +100,7 @@ def bootstrap_interval(proxy: np.ndarray, gold: np.ndarray, resamples: int = 200
     rows = proxy.shape[1]
     gold = np.broadcast_to(gold, proxy.shape)
     counts = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples) / rows
-    ranks = [rankdata(counts @ scores.T, axis=1) for scores in (proxy, gold)]
+    ranks = [scipy.stats.rankdata(counts @ scores.T, axis=1) for scores in (proxy, gold)]
     centered = [each - each.mean(axis=1, keepdims=True) for each in ranks]
     norms = np.sqrt((centered[0] ** 2).sum(axis=1) * (centered[1] ** 2).sum(axis=1))
     if (norms == 0).any():
@@ -129,15 +129,27 @@ def agreement(proxy: np.ndarray, gold: np.ndarray) -> dict[str, float | int | No
 
 
 def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int | None:
-    """The step where gold peaks while the proxy still rises after it: over-optimisation. None where there is no such step."""
-    peak = int(np.argmax(gold))
-    return steps[peak] if peak < len(steps) - 1 and max(proxy[peak + 1 :]) > proxy[peak] else None
+    """The step where gold peaks while the proxy still rises after it: over-optimisation. None where there is no such step.
+
+    Args:
+        steps: of the checkpoints.
+        proxy: [checkpoints, rows].
+        gold: [checkpoints, rows]: gold must then fall from its peak by more than 1.96 standard errors over the rows. Or [checkpoints, 1],
+            means, of which nothing tells a fall from chance.
+    """
+    curve, means = proxy.mean(axis=1), gold.mean(axis=1)
+    peak = int(np.argmax(means))
+    beyond = [place for place in range(peak + 1, len(steps)) if curve[place] > curve[peak]]
+    if gold.shape[1] > 1:
+        falls = {place: paired_difference(gold[peak], gold[place]) for place in beyond}
+        beyond = [place for place, fall in falls.items() if fall["difference"] < -1.96 * fall["standard_error"]]
+    return steps[peak] if beyond else None
 
 
 def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float]:
     """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows))."""
     differences = last - first
-    return {"difference": float(differences.mean()), "standard_error": float(sem(differences))}
+    return {"difference": float(differences.mean()), "standard_error": float(scipy.stats.sem(differences))}
 
 
 def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: Sequence[str | None]) -> dict:
@@ -154,10 +166,10 @@ def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: 
     found = {
         "n": len(steps),
         "spearman": rho,
-        "pvalue": float(spearmanr(*curves).pvalue) if rho is not None else None,
+        "pvalue": float(scipy.stats.spearmanr(*curves).pvalue) if rho is not None else None,
         "exact_pvalue": permutation_pvalue(*curves),
         "kendall": kendall(*curves),
-        "turning_point": turning_point(steps, *curves),
+        "turning_point": turning_point(steps, proxy, gold),
     }
     if gold.shape == proxy.shape and proxy.shape[1] > 1:
         found["interval"] = bootstrap_interval(proxy, gold)
@@ -186,11 +198,11 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
         if None not in rhos.values():
             values = np.array(list(rhos.values()))
             entry["mean"] = float(values.mean())
-            entry["standard_error"] = float(sem(values)) if len(values) > 1 else None
+            entry["standard_error"] = float(scipy.stats.sem(values)) if len(values) > 1 else None
             rng = np.random.default_rng(0)
             drawn = np.zeros(RESAMPLES)
             for run in runs:
-                one, other = (rankdata(scores.mean(axis=1)) for scores in (run.proxy, run.gold[gold]))
+                one, other = (scipy.stats.rankdata(scores.mean(axis=1)) for scores in (run.proxy, run.gold[gold]))
                 one, other = ((ranks - ranks.mean()) / ranks.std() for ranks in (one, other))
                 drawn += rng.permuted(np.tile(other, (RESAMPLES, 1)), axis=1) @ one / len(one)
             entry["pvalue"] = float((1 + (np.abs(drawn / len(runs)) >= abs(entry["mean"]) - 1e-9).sum()) / (1 + RESAMPLES))

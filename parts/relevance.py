@@ -71,6 +71,9 @@ class EmbeddingStore:
         except sqlite3.Error as error:
             raise InputError(f"{path}: cannot be used as an embedding cache ({error})") from None
 
+    def close(self) -> None:
+        self.database.close()
+
     def _key(self, text: str) -> bytes:
         return hashlib.sha256(f"{self.model}\0{text}".encode("utf-8", "surrogatepass")).digest()
 

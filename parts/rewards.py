@@ -1,4 +1,4 @@
-"""What every reward takes and gives, and the rewards besides the proxy: a user's function, a learned reward model.
+"""What every reward takes and gives, and users' functions as rewards. (A learned reward model is one in `parts.gold_models`.)
 
 A reward scores a batch: equally long columns by name, "query" and "response" among them. Its `score` returns named columns, "total"
 among them; its `get_reward` returns the totals.
@@ -10,18 +10,35 @@ import importlib.util
 import inspect
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from parts.errors import InputError
-from parts.rows import QTYPES, require_finite
+from parts.files import digest
+from parts.rows import QTYPES, require_finite, say_once
 
 TEXTS = ("query", "response", "qtype", "reference")  # columns that hold texts; a dataset's other columns may hold anything
 
 
 def reward_batch(instructions: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping]) -> dict[str, list]:
-    """A batch for any reward: "query", "response", and the dataset's columns by name, "reference" being a row's `output`."""
-    names = {name for row in rows for name in row} - {"input", "instruction", "output", "query", "response"}
+    """A batch for any reward: "query", "response", and the dataset's columns by name, "reference" being a row's `output`.
+
+    Columns that have the names of what a reward is called with are left out, which is said.
+
+    Raises:
+        InputError: a row whose `reference` is not its `output`.
+    """
+    names = {name for row in rows for name in row} - {"input", "instruction", "output"}
+    for name in sorted(names & {"query", "response", "prompts", "completions"}):
+        say_once(f"the rows' column '{name}' is left out: a reward is called with one of that name")
+    names -= {"query", "response", "prompts", "completions"}
+    for number, row in enumerate(rows, start=1):
+        if "reference" in row and "output" in row and row["reference"] != row["output"]:
+            raise InputError(
+                f"row {number}: fields 'reference' and 'output' differ, expected one of them: rewards call the output reference"
+            )
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     if any("output" in row for row in rows):
         columns["reference"] = [row.get("output") for row in rows]
@@ -48,8 +65,13 @@ def column_mean(column: Sequence) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
+_loaded: dict[Path, ModuleType] = {}
+
+
 def load_reward_function(spec: str) -> Callable:
-    """The function that "path/to/file.py:name" names.
+    """The function that "path/to/file.py:name" names. A file is run once, and is a module like any other from then on.
+
+    Its folder can be imported from, then and later: by what the function imports when it is called, and by processes that it starts.
 
     Raises:
         InputError: no such file, an import that fails, or no such function in it; each says so.
@@ -57,18 +79,12 @@ def load_reward_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name:
         raise InputError(f"--reward_function is {spec!r}, expected path/to/file.py:name")
-    file = Path(path)
+    file = Path(path).resolve()
     if not file.is_file():
         raise InputError(f"{path}: no such file, expected the reward function's")
-    module_spec = importlib.util.spec_from_file_location(f"reward_function_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(file.resolve().parent))  # its own neighbours can be imported
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever the user's file raises is said in one line
-        raise InputError(f"{path}: its import fails ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(str(file.resolve().parent))
+    if file not in _loaded:
+        _loaded[file] = _run_file(file, path)
+    module = _loaded[file]
     function = getattr(module, name, None)
     if not callable(function):
         others = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
@@ -76,15 +92,37 @@ def load_reward_function(spec: str) -> Callable:
     return function
 
 
+def _run_file(file: Path, path: str) -> ModuleType:
+    """A file as a module of its own name, or of a longer one where another module has that."""
+    folder, module_name = str(file.parent), f"reward_function_{file.stem}_{digest(str(file))[:8]}"
+    sys.path.insert(0, folder)
+    try:
+        if file.stem.isidentifier() and file.stem not in sys.modules:
+            found = importlib.util.find_spec(file.stem)
+            if found is not None and found.origin is not None and file.samefile(found.origin):
+                module_name = file.stem
+        module_spec = importlib.util.spec_from_file_location(module_name, file)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)  # dataclasses and pickle look it up there
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever the user's file raises is said in one line
+        sys.modules.pop(module_name, None)
+        raise InputError(f"{path}: its import fails ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: it hides nothing
+    return module
+
+
 class FunctionReward:
     """A user's function as a reward: called with `prompts`, `completions` and the dataset's columns by name.
 
-    That is the convention of TRL's reward functions: `def my_reward(prompts, completions, **columns) -> list[float]`. `prompts` are raw
-    instructions; `reference` and `qtype` are among the columns where the rows have them. In place of floats it may return
-    named columns with "total" among them, which are then logged by name.
+    That is the convention of TRL's reward functions: `def my_reward(prompts, completions, **columns) -> list[float | None]`. `prompts` are
+    raw instructions; `reference` and `qtype` are among the columns where the rows have them. None is no score for this row. In place of
+    numbers it may return named columns with "total" among them, which are then logged by name. It may be `async`.
 
     Raises:
-        InputError: the function asks for a column that the rows lack, or returns something else than a finite number a row.
+        InputError: the function asks for a column that the rows lack, fails, or returns something else than a finite number or None a row.
     """
 
     def __init__(self, function: Callable, name: str) -> None:
@@ -92,7 +130,8 @@ class FunctionReward:
         self.name = name
         parameters = inspect.signature(function).parameters.values()
         self.takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self.parameters = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        named = (parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL))
+        self.parameters = {parameter.name: parameter for parameter in named}
 
     @property
     def required_columns(self) -> list[str]:
@@ -100,7 +139,7 @@ class FunctionReward:
         own = {"prompts": "query", "completions": "response"}
         return [own.get(name, name) for name, parameter in self.parameters.items() if parameter.default is parameter.empty]
 
-    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float | None]:
         """The "total" column of `score`."""
         return self.score(batch)["total"]
 
@@ -111,18 +150,117 @@ class FunctionReward:
         for column in self.required_columns:
             if column not in batch:
                 raise InputError(f"reward function {self.name} asks for column '{column}', the rows have {', '.join(sorted(batch))}")
-        result = self.function(**{name: column for name, column in given.items() if self.takes_all or name in self.parameters})
+        try:
+            result = self.function(**{name: column for name, column in given.items() if self.takes_all or name in self.parameters})
+            result = _finished(result) if inspect.isawaitable(result) else result
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(
+                f"reward function {self.name} fails ({type(error).__name__}: {error}; {place.filename}, line {place.lineno})"
+            ) from error
         table = dict(result) if isinstance(result, Mapping) else {"total": result}
         if "total" not in table:
             raise InputError(f"reward function {self.name} returned columns {', '.join(table)}, expected 'total' among them")
-        for name, column in table.items():
-            if isinstance(column, str) or not hasattr(column, "__len__") or not hasattr(column, "__iter__"):
-                raise InputError(f"reward function {self.name} returned {type(column).__name__} for {name}, expected a float a row")
-            if len(column) != len(batch["response"]):
-                raise InputError(f"reward function {self.name}: {len(column)} values in {name}, expected {len(batch['response'])}")
-            if not all(isinstance(value, str) for value in column):  # texts may be shown beside; numbers are floats from here on
-                table[name] = require_finite(column, f"reward function {self.name}, {name}")
+        return {name: self._checked(name, column, len(batch["response"])) for name, column in table.items()}
+
+    def _checked(self, name: str, column: object, rows: int) -> list:
+        """A column as floats and None, or as it is where it holds texts to show beside."""
+        try:
+            values = None if isinstance(column, str | Mapping) else list(column) if len(column) >= 0 else None
+        except TypeError:  # a number, None, a tensor without dimensions, a generator
+            values = None
+        if values is None:
+            raise InputError(f"reward function {self.name} returned {type(column).__name__} for {name}, expected a float a row")
+        if len(values) != rows:
+            raise InputError(f"reward function {self.name}: {len(values)} values in {name}, expected {rows}")
+        if any(isinstance(value, str) for value in values):
+            if name != "total" and all(isinstance(value, str) for value in values):
+                return values
+            number, text = next((number, value) for number, value in enumerate(values, start=1) if isinstance(value, str))
+            raise InputError(f"reward function {self.name}, {name}: row {number} has the text {text[:60]!r}, expected a finite number")
+        places = [place for place, value in enumerate(values) if value is not None]
+        numbers = require_finite([values[place] for place in places], f"reward function {self.name}, {name}", places)
+        for place, number in zip(places, numbers):
+            values[place] = number
+        return values
+
+
+def _finished(result: Awaitable) -> object:
+    """What an async function returns in the end."""
+    import asyncio
+
+    async def wait() -> object:
+        return await result
+
+    return asyncio.run(wait())
+
+
+class WeightedRewards:
+    """Several user's functions as one reward: a row's total is the sum of weight times score, over the functions that score it.
+
+    So TRL's trainers combine theirs. Each function's score is a column by its name.
+    """
+
+    def __init__(self, rewards: Mapping[str, FunctionReward], weights: Sequence[float]) -> None:
+        self.rewards = dict(rewards)
+        self.weights = list(weights)
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The columns of a batch that any of the functions asks for."""
+        return list(dict.fromkeys(column for reward in self.rewards.values() for column in reward.required_columns))
+
+    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float | None]:
+        """The "total" column of `score`."""
+        return self.score(batch)["total"]
+
+    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """Each function's columns, its total under its own name; and "total", None for a row that none scores."""
+        table: dict[str, list] = {}
+        totals = []
+        for name, reward in self.rewards.items():
+            columns = reward.score(batch)
+            totals.append(columns.pop("total"))
+            table |= {name: totals[-1], **{f"{name}.{column}": values for column, values in columns.items()}}
+        table["total"] = [
+            None
+            if all(score is None for score in row)
+            else sum(weight * score for weight, score in zip(self.weights, row) if score is not None)
+            for row in zip(*totals)
+        ]
         return table
+
+
+def load_functions(specs: Sequence[str], weights: Sequence[float] = ()) -> FunctionReward | WeightedRewards:
+    """The reward that "file.py:name" names, or several with their weights, 1 each where none are given.
+
+    Raises:
+        InputError: one cannot be loaded, or not as many weights as functions.
+    """
+    rewards = [FunctionReward(load_reward_function(spec), spec) for spec in specs]
+    if weights and len(weights) != len(rewards):
+        raise InputError(f"--reward_weights has {len(weights)} numbers, expected one for each of {len(rewards)} reward functions")
+    if len(rewards) == 1 and not weights:
+        return rewards[0]
+    short = [spec.rpartition(":")[2] for spec in specs]
+    names = short if len(set(short)) == len(short) and "total" not in short else [Path(spec).name for spec in specs]
+    if len(set(names)) < len(names):
+        raise InputError(f"--reward_function names {max(names, key=names.count)!r} twice, expected functions of different names")
+    return WeightedRewards(dict(zip(names, rewards)), weights or [1.0] * len(rewards))
+
+
+def filled(totals: Sequence[float | None]) -> list[float]:
+    """Totals for a PPO step, which needs one a row: a row without a score gets the mean of the others, 0 where no row has one."""
+    scores = [score for score in totals if score is not None]
+    mean = sum(scores) / len(scores) if scores else 0.0
+    return [mean if score is None else score for score in totals]
+
+
+def require_scores(totals: Sequence[float | None], what: str) -> None:
+    """Raises InputError naming the first row (from 1) without a score."""
+    for number, score in enumerate(totals, start=1):
+        if score is None:
+            raise InputError(f"{what}: row {number} has no score, expected one of every row to compare")
 
 
 ENSEMBLES = ("mean", "wco", "uwo")
@@ -138,61 +276,6 @@ def ensemble_total(scores: Sequence[Sequence[float]], how: str, coefficient: flo
     if how == "wco":
         return [min(row) for row in rows]
     return [statistics.fmean(row) - (coefficient * statistics.pvariance(row) if how == "uwo" else 0.0) for row in rows]
-
-
-class LearnedReward:
-    """A learned reward model, or an ensemble of them, as a reward: the gold stage's models, with `score` for the logs.
-
-    Args:
-        names: hub names, folders or adapter folders.
-        device: where they score; by default what `load_gold_reward_model` chooses.
-        batch_size: most rows per forward pass.
-        ensemble, coefficient: how several become one, as `ensemble_total` says.
-        offload: keep them in host memory, and on the device only one at a time, for its turn.
-    """
-
-    required_columns = ["query", "response"]
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        device: str | None,
-        batch_size: int,
-        ensemble: str = "mean",
-        coefficient: float = 0.0,
-        offload: bool = False,
-    ) -> None:
-        from parts.gold_models import load_gold_reward_model
-
-        self.ensemble = ensemble
-        self.coefficient = coefficient
-        self.offload = offload
-        self.members = {}
-        for column, name in member_columns(names).items():
-            self.members[column] = load_gold_reward_model(name, device=device, batch_size=batch_size)
-            self.device = self.members[column].model.device
-            self._move(column, "cpu")
-
-    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
-        """One float a row."""
-        return self.score(batch)["total"]
-
-    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
-        """The column "total"; of an ensemble each member's scores besides, by name, and "disagreement", their standard deviation a row."""
-        scores = {}
-        for column, model in self.members.items():
-            self._move(column, self.device)
-            scores[column] = model.get_reward(batch)
-            self._move(column, "cpu")
-        if len(scores) == 1:
-            return {"total": next(iter(scores.values()))}
-        rows = list(zip(*scores.values()))
-        total = ensemble_total(list(scores.values()), self.ensemble, self.coefficient)
-        return {**scores, "disagreement": [statistics.pstdev(row) for row in rows], "total": total}
-
-    def _move(self, column: str, device: object) -> None:
-        if self.offload:
-            self.members[column].model.to(device)
 
 
 def reward_name(settings: Mapping) -> str:

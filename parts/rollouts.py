@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parts.errors import InputError
-from parts.files import JsonLines, read_json
+from parts.files import JsonLines, clear_leftovers, read_json
 from parts.runs import Checkpoint, meta_path, partial_path
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Job:
                 raise InputError(f"{file}: exists already, made otherwise (--overwrite=true replaces it)")
         if len(there) == len(self.files):
             print(f"{self.target}: is there already, made as it would be now")
+            shutil.rmtree(partial_path(self.target), ignore_errors=True)
         return len(there) == len(self.files)
 
 
@@ -71,6 +72,10 @@ def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: 
     folder, target, is_main = partial_path(job.target), job.target.name, processes.is_main_process
     rows, count = len(job.prompts), len(job.prompts) * job.num_samples
     marker = folder / "fingerprint"
+    if is_main:
+        for path in job.files:
+            clear_leftovers(path)
+            clear_leftovers(meta_path(path))
     if is_main and not (marker.is_file() and marker.read_text(encoding="utf-8") == job.files[job.target]):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parts.errors import InputError
+from parts.processes import is_first_process
 
 QTYPES = ("OPENENDED", "CONSTRAINED")
+ROLES = ("system", "user", "assistant")
+JOINED = "joined prompts"  # the kind of a warning
 CHUNK = 2**20  # bytes read at a time
 ROW_LIMIT = 2**24  # characters; a file with a longer row has lost its row ends
 _MARGIN = 16  # characters: what is read or fails so close to a chunk's end may look otherwise with the next (1e-5, \u00e9, -Infinity)
@@ -53,6 +56,8 @@ def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> l
     rows, problems = [], []
     for number, row in iterate_rows(path):
         if isinstance(row, Problem):
+            if row.kind == JOINED:
+                say_once(f"{path}: {row}")
             problems += [] if row.is_warning else [row]
         else:
             problems += row_problems(row, fields, number)
@@ -81,10 +86,28 @@ def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[st
     if [row["instruction"] for row in rows] == list(instructions):
         return rows
     by_instruction = {row["instruction"]: row for row in rows}
+    wanted = set(instructions)
+    differing = {
+        row["instruction"]
+        for row in rows
+        if row["instruction"] in wanted and any(row.get(name) != by_instruction[row["instruction"]].get(name) for name in fields)
+    }
+    if differing:
+        say_once(f"{path}: {len(differing)} instructions come twice and differ in {' or '.join(fields)}: the last row of each counts")
     for number, instruction in enumerate(instructions, start=1):
         if instruction not in by_instruction:
             raise InputError(f"{path}: no row for row {number} of {wanted_by}, expected the instruction {instruction[:60]!r}")
     return [by_instruction[instruction] for instruction in instructions]
+
+
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """Print a line that several steps of a run would print again; of several processes the first one prints it."""
+    if line not in _said and is_first_process():
+        print(line)
+    _said.add(line)
 
 
 def require_finite(values: Sequence[float], what: str, places: Sequence[int] | None = None) -> list[float]:
@@ -136,12 +159,52 @@ def iterate_rows(
             yield 0, Problem("byte order mark", "the file begins with a byte order mark, which JSON does not allow", is_warning=True)
             first, offset = first[1:], 3
         chunks = itertools.chain([first] if first else [], chunks)
+        joined = 0
         for number, row in read(chunks, offset, row_limit):
-            yield number, row
+            whole = one_prompt(row, number) if isinstance(row, dict) else row
+            joined += isinstance(whole, dict) and whole is not row
+            yield number, whole
         if number is None:
             yield 0, Problem("no rows", "no rows, expected at least one")
+        if joined:
+            yield (
+                number,
+                Problem(JOINED, f"{joined} prompts are put together from 'instruction' and 'input', or from 'messages'", is_warning=True),
+            )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield number or 0, Problem("unreadable", f"not a whole gzip file ({error})")
+
+
+def one_prompt(row: dict, number: int) -> dict | Problem:
+    """A row whose prompt is spread over fields, with the whole of it as `input` and as `instruction`; any other row as it is.
+
+    Alpaca's {instruction, input} are joined as Alpaca's prompts are, "<instruction>\\n\\n### Input:\\n<input>"; an input that is empty, null, or
+    the whole prompt already adds nothing. Of {messages} the last user turn is answered: alone it is the prompt; after other turns the
+    prompt is "User: ...", "Assistant: ..." and so on, paragraph by paragraph, and `messages` keeps the turns. An assistant turn that
+    follows becomes the `output`, where there is none.
+    """
+    if "instruction" in row and "input" in row:
+        instruction, material = row["instruction"] or "", row["input"] or ""
+        if not isinstance(instruction, str) or not isinstance(material, str) or instruction == material:
+            return row
+        if instruction.strip() and material.strip() and not material.startswith(f"{instruction}\n\n### Input:"):
+            whole = f"{instruction}\n\n### Input:\n{material}"
+        else:
+            whole = max(instruction, material, key=lambda text: len(text.strip()))
+        return {**row, "instruction": whole, "input": whole}
+    if "messages" not in row or "instruction" in row or "input" in row:
+        return row
+    turns = row["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
+        return Problem("not text", "field 'messages' is no list of {role, content}, expected texts", number)
+    roles = [turn.get("role") for turn in turns]
+    if "user" not in roles or not set(roles) <= set(ROLES):
+        return Problem("unknown value", f"field 'messages' has the roles {roles}, expected {', '.join(ROLES)}, and a user's", number)
+    last = len(roles) - 1 - roles[::-1].index("user")
+    answer = {"output": turns[last + 1]["content"]} if last + 1 < len(turns) else {}
+    asked = turns[: last + 1]
+    whole = asked[0]["content"] if last == 0 else "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in asked)
+    return {**answer, **row, "messages": asked, "instruction": whole, "input": whole}
 
 
 def row_problems(row: object, fields: Mapping[str, Sequence[str] | None], number: int) -> Iterator[Problem]:

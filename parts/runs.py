@@ -18,7 +18,6 @@ No other module spells one of these names.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from importlib import metadata
 from pathlib import Path
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, read_json, read_text
+from parts.files import REPOSITORY, JsonLines, read_json
 from parts.rows import read_rows
 
 RECORD = "training_record.json"
@@ -80,6 +79,11 @@ def meta_path(output: str | Path) -> Path:
     return Path(output).with_suffix(".meta.json")
 
 
+def without_records(files: Sequence[str]) -> list[str]:
+    """The files of a pattern such as `alpaca-eval-*.json` that are no records of others (`.meta.json`)."""
+    return [file for file in files if not file.endswith(".meta.json")] or list(files)
+
+
 def scores_path(rollouts: str | Path) -> Path:
     """The file of the scores of a file of rollouts."""
     return Path(rollouts).with_suffix(".scores.jsonl")
@@ -126,8 +130,11 @@ class Checkpoint:
 
     @property
     def trained(self) -> dict:
-        """The settings of the training run; empty where there is no record of them."""
-        return self.record.get("settings", {})
+        """The settings of the training run; empty where there is no record of them. Raises InputError for a broken record."""
+        settings = self.record.get("settings", {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{self.folder / RECORD}: 'settings' is {type(settings).__name__}, expected the settings of a run by name")
+        return settings
 
     @property
     def rollouts(self) -> Path:
@@ -192,14 +199,14 @@ def find_adapters(patterns: Sequence[str]) -> list[Checkpoint]:
     adapters: list[Checkpoint] = []
     for pattern in patterns:
         matches = [Checkpoint(Path(pattern))]
-        if glob.has_magic(pattern):
+        if glob.has_magic(pattern) and not Path(pattern).is_dir():  # a name is a name first
             matches = [point for point in find_checkpoints(pattern) if (point.folder / ADAPTER).is_file()]
             if not matches:
                 raise InputError(f"{pattern}: matches no checkpoint folder")
         for point in matches:
             if not (point.folder / ADAPTER).is_file():
                 raise InputError(f"{point.folder}: no {ADAPTER}, expected a checkpoint folder")
-            if point not in adapters:
+            if not any(point.folder.samefile(other.folder) for other in adapters):
                 adapters.append(point)
     return adapters
 
@@ -243,7 +250,9 @@ def choose_checkpoints(settings, prefix: str) -> list[Checkpoint]:
         if without := [step for step in candidates if step not in steps]:
             print(f"without rollouts, left out: {prefix}, steps {', '.join(map(str, without))}")
     if len(steps) < 3:
-        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation")
+        start = not settings.include_start and not settings.steps and 0 in by_step and by_step[0].rollouts.is_file()
+        hint = " (--include_start=true counts step 0, which has rollouts)" if start else ""
+        raise InputError(f"{parent}: {len(steps)} checkpoints of {prefix} with rollouts, expected at least 3 for a correlation{hint}")
     checkpoints = [by_step[step] for step in steps]
     require_comparable(checkpoints)
     return checkpoints
@@ -265,8 +274,8 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
     if not trained or not path.is_file():
         return [None] * len(steps)
-    lines = map(json.loads, filter(None, read_text(path).split("\n")))
-    logged = {line["step"]: line["objective/kl"] for line in lines if "objective/kl" in line}
+    lines = [line for line in JsonLines(path).read() if isinstance(line, dict)]
+    logged = {line["step"]: line["objective/kl"] for line in lines if isinstance(line.get("objective/kl"), int | float) and "step" in line}
     kl: list[float | None] = []
     for step in steps:
         near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]

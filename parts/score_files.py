@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from parts.chat_templates import load_template
 from parts.cli import Settings, setting
 from parts.errors import InputError
-from parts.files import write_json
+from parts.files import check_writable, write_json
 from parts.models import check_device
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
-from parts.runs import provenance
+from parts.runs import provenance, without_records
 
 if TYPE_CHECKING:
     from typing import Any
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class ScoreFileSettings(Settings):
     files: list[str] = setting([], "rollouts in AlpacaEval's format: rows of instruction and output", positional=True, path=True)
     data_path: str = setting(
-        "", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True
+        "", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True, group=("files", "")
     )
     chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
     output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
-    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
-    output: str = setting("", "file for the components of every row, as JSON", path=True)
+    output: str = setting("", "file for the components of every row, as JSON", written=True)
     json: bool = setting(False, "print the means as JSON in place of a table")
 
 
@@ -44,7 +44,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     # 1. Everything a user can get wrong, before any model loads.
-    rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in settings.files}
+    rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in without_records(settings.files)}
     known = rewards.dataset_fields
     if known and not settings.data_path:
         raise InputError("--data_path is missing, expected the rows' qtype and reference (or --reward_branching=false)")
@@ -54,6 +54,8 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         data = match_rows(settings.data_path, instructions, known, path) if settings.data_path else [{} for _ in rows]
         batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
     rewards.check_reward()
+    if settings.output:
+        check_writable(settings.output)
     check_device(settings.device)
     template = load_template(settings.chat_template_name)
 

@@ -8,6 +8,7 @@ by its scorer and its text; whatever changes in either is scored again. An inter
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 from parts.chat_templates import ChatTemplate
 from parts.errors import InputError
 from parts.files import JsonLines, digest, read_csv
-from parts.rows import read_rows, require_finite
+from parts.models import model_identity
+from parts.rows import read_rows, say_once
 from parts.runs import provenance
 
 ROWS_PER_SAVE = 128  # rows of a proxy's batch
@@ -118,76 +120,133 @@ def gold_column(
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
-    """All that a proxy's score depends on besides the row, for the store."""
+    """All that a proxy's score depends on besides the row, for the store: models by what is in them, a user's function by its code."""
     settings = {name: value for name, value in asdict(proxy).items() if name not in ("reward_model_batch_size", "embedding_cache")}
+    settings["relevance_model_name"] = model_identity(settings["relevance_model_name"])
+    settings["reward_model_name"] = [model_identity(name) for name in settings["reward_model_name"]]
+    if settings.get("reward_function"):
+        settings["reward_function"] = [Path(function).name for function in settings["reward_function"]]
     return {"proxy": settings, "source": proxy.reward_source(), "template": digest(asdict(template)), "max_length": output_max_length}
 
 
 # ------------------------------------------------------------------------------------------------------------ gold tables
 
+_MISSING = {"", "-", "--", "\u2013", "\u2014", "nan", "na", "n/a", "none", "null"}  # in small letters: cells without a score
+_NUMBER = re.compile(r"(?P<number>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[-+]?\d+)?)\s*(?P<percent>%?)", re.IGNORECASE)
+
 
 def read_table(path: str) -> list[dict]:
     """The rows of a CSV file, or of a JSON or JSONL list. Raises InputError where it cannot be read or has no rows."""
-    return read_csv(path) if path.endswith(".csv") else read_rows(path, {})
+    rows = read_csv(path) if path.lower().removesuffix(".gz").endswith((".csv", ".tsv")) else read_rows(path, {})
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number}: expected an object, found {type(row).__name__}")
+    return rows
+
+
+def read_columns(path: str, rows: Sequence[Mapping], names: Sequence[str], but: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The columns of numbers of a table: {column: {row's name: number}}; what is left out is printed.
+
+    "40%" is 40, "1,200" is 1200. Empty cells, dashes and NaN are no number. A column without any number is none of these.
+
+    Raises:
+        InputError: a cell that is none of these in a column that has numbers, or percent signs in some of its cells only.
+    """
+    columns: dict[str, dict[str, float]] = {}
+    texts, missing = [], []
+    for column in dict.fromkeys(name for row in rows for name in row if name not in but):
+        cells = {name: row.get(column) for name, row in zip(names, rows)}
+        given = {name: cell for name, cell in cells.items() if not _is_missing(cell)}
+        numbers = {name: _number(cell) for name, cell in given.items()}
+        if all(number is None for number in numbers.values()):
+            texts.append(column)
+            if comma := next((str(cell) for cell in given.values() if re.fullmatch(r"[-+]?\d+,\d+\s*%?", str(cell).strip())), None):
+                raise InputError(f"{path}: column '{column}' is {comma!r}, expected a point before decimals")
+            continue
+        for row, name in enumerate(names, start=1):
+            if name in numbers and numbers[name] is None:
+                raise InputError(f"{path}: row {row}: column '{column}' is {given[name]!r}, expected a number as in other rows")
+        percents = [str(cell).strip().endswith("%") for cell in given.values()]
+        if any(percents) and not all(percents):
+            raise InputError(
+                f"{path}: column '{column}' has percent signs in {sum(percents)} of {len(percents)} cells, expected all or none"
+            )
+        missing += [f"{column} of {name}" for name in cells if name not in given]
+        columns[column] = numbers
+    left_out = ([f"columns without numbers: {', '.join(map(repr, texts))}"] if texts else []) + (
+        [f"no score: {', '.join(missing)}"] if missing else []
+    )
+    if left_out and columns:
+        say_once(f"{path}: left out: {'; '.join(left_out)}")
+    return columns
 
 
 def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
-    """Gold scores of systems: {column: {system: score}}, from a table whose first column, or `generator`, names the system.
+    """Gold scores of systems: {column: {system: score}}, from a table with a column of their names: `generator`, `name`, `model`, or the first.
 
-    Columns with anything but numbers in them are left out; so are empty cells.
+    A column that counts the rows, as pandas writes it, is left out. Cells are read as by `read_columns`.
 
     Raises:
-        InputError: no rows, a system twice, or no column of numbers.
+        InputError: no rows, a system twice, a cell that is no number, or no column of numbers.
     """
     rows = read_table(path)
-    key = "generator" if "generator" in rows[0] else next(iter(rows[0]))
+    counted = [
+        name for name in rows[0] if [str(row.get(name)) for row in rows] in ([str(n + first) for n in range(len(rows))] for first in (0, 1))
+    ]
+    index = [name for name in counted if name in ("", "Unnamed: 0", "index")]
+    named = [name for name in rows[0] if name not in index]
+    key = next((name for name in ("generator", "name", "model") if name in named), next(iter(named), ""))
     names = [str(row.get(key)) for row in rows]
     for number, name in enumerate(names, start=1):
         if names.index(name) != number - 1:
             raise InputError(f"{path}: row {number}: {key} {name!r} comes twice")
-    columns = {}
-    for column in rows[0]:
-        cells = {name: row.get(column) for name, row in zip(names, rows) if row.get(column) not in (None, "")}
-        try:
-            scores = {name: float(cell) for name, cell in cells.items()}
-        except (TypeError, ValueError):
-            continue
-        if column != key and scores and all(map(math.isfinite, scores.values())):
-            columns[column] = scores
+    columns = read_columns(path, rows, names, [key, *index])
     if not columns:
         raise InputError(f"{path}: no column of numbers, expected one with the systems' scores")
     return columns
 
 
 def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Mean gold scores by column and step, from a CSV or JSON table; a column that is not all numbers is no gold.
+    """Mean gold scores by column and step, from a CSV or JSON table; a column without numbers is no gold.
 
     Raises:
-        InputError: no column of numbers besides `step`, a missing or repeated step, or a value that is not finite.
+        InputError: no column of numbers besides `step`, a missing or repeated step, or a cell without a finite number.
     """
     rows = read_table(path)
-    golds = [name for name in rows[0] if name and name != "step" and _number(rows[0][name]) is not None]
-    if not golds:
-        raise InputError(f"{path}: row 1: no column of numbers besides 'step', expected one for each gold")
-    scores: dict[int, dict[str, float]] = {}
+    found: list[str] = []
     for number, row in enumerate(rows, start=1):
-        for field in ("step", *golds):
-            if _number(row.get(field)) is None:
-                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number")
-        step = _number(row["step"])
+        step = _number(row.get("step"))
+        if step is None:
+            raise InputError(f"{path}: row {number}: field 'step' is {row.get('step')!r}, expected a number")
         if not step.is_integer():
             raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
-        if int(step) in scores:
+        if str(int(step)) in found:
             raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
-        scores[int(step)] = {gold: _number(row[gold]) for gold in golds}
-    for step in steps:
-        if step not in scores:
+        found.append(str(int(step)))
+    columns = read_columns(path, rows, found, ["", "step"])
+    if not columns:
+        raise InputError(f"{path}: no column of numbers besides 'step', expected one for each gold")
+    for step in map(str, steps):
+        if step not in found:
             raise InputError(f"{path}: no row for step {step}")
-    return {gold: dict(zip(steps, require_finite([scores[step][gold] for step in steps], f"{path}, {gold}"))) for gold in golds}
+        for gold, scores in columns.items():
+            if step not in scores:
+                cell = rows[found.index(step)].get(gold)
+                raise InputError(f"{path}: row {found.index(step) + 1}: field '{gold}' is {cell!r}, expected a number")
+    return {gold: {step: scores[str(step)] for step in steps} for gold, scores in columns.items()}
+
+
+def _is_missing(cell: object) -> bool:
+    return cell is None or cell != cell or str(cell).strip().lower() in _MISSING
 
 
 def _number(cell: object) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
+    """The finite number of a table's cell; None where it is none. "10,5", which may be 10.5 or misplaced thousands, is none."""
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         return None
+    match = _NUMBER.fullmatch(str(cell).strip())
+    try:
+        number = float(match["number"].replace(",", "")) if match else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

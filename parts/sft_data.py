@@ -43,7 +43,7 @@ def read_examples(
     Raises:
         InputError: an unusable row, an empty output, or no row left.
     """
-    from parts.chat_templates import encode_instructions
+    from parts.chat_templates import encode_rows
 
     rows = check_rows(path, {"input": None, "output": None}, against)
     kept, empty, long_sentence = [], 0, 0
@@ -60,12 +60,12 @@ def read_examples(
         if answer is None:
             long_sentence += 1
         else:
-            kept.append((row["input"], answer))
-    prompts = encode_instructions(tokenizer, template, [instruction for instruction, _ in kept])
+            kept.append((row, answer))
+    prompts = encode_rows(tokenizer, template, [row for row, _ in kept], "input")
     answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, answer in kept]
     examples = [
-        {"input": instruction, "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}
-        for (instruction, _), prompt, answer in zip(kept, prompts, answers)
+        {"input": row["input"], "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}
+        for (row, _), prompt, answer in zip(kept, prompts, answers)
         if len(prompt) + len(answer) <= settings.max_length
     ]
     left_out = {

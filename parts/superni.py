@@ -91,7 +91,11 @@ def _instances(path: Path, name: str, limit: int) -> list[Instance]:
 
 
 def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input."""
+    """The prompt's tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input.
+
+    Raises:
+        InputError: the definition alone is too long.
+    """
     (tokens,) = encode_instructions(tokenizer, template, [instance.instruction])
     text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
     excess = len(tokens) - PROMPT_TOKENS
@@ -100,6 +104,11 @@ def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTra
         shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
         (tokens,) = encode_instructions(tokenizer, template, [shorter])
         excess = len(tokens) - PROMPT_TOKENS
+    if excess > 0:
+        raise InputError(
+            f"{instance.task}: its definition alone makes a prompt of {len(tokens)} tokens, expected {PROMPT_TOKENS} at most "
+            "(--superni_tasks names other tasks)"
+        )
     return tokens
 
 

@@ -115,7 +115,7 @@ def test_a_feature_is_a_function_and_a_line(copy_with_feature, tmp_path, tiny_mo
     """The example applied: its flag trains two steps, and everything that names features names it."""
     copy = copy_with_feature
     shown = run_script(copy / "run_ppo.py", "--help").stdout
-    assert "--damped_length" in shown and "log(1 + number of tokens / 100)" in shown
+    assert "--damped_length" in shown and "log(1 + number of tokens / 100)" in " ".join(shown.split())
     done = run_script(
         copy / "run_ppo.py", f"--model_name={tiny_model}", "--chat_template_name=tokenizer", f"--dataset_path={rows_file}",
         f"--dev_prompt_path={rows_file}", f"--output_dir={tmp_path}/out/run", "--overall_steps=2", "--save_freq=1", "--batch_size=4",

@@ -121,12 +121,12 @@ def test_gold_tables(tmp_path):
         read_gold_scores(str(csv), [1])
     csv.write_text("step,gold\n1,0.5\n2,\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 2: field 'gold' is '', expected a number"):
-        read_gold_scores(str(csv), [1])
-    csv.write_text("step,gold\n1,nan\n", encoding="utf-8")
-    with pytest.raises(InputError, match="gold.csv, gold: row 1 has the value nan, expected a finite number"):
+        read_gold_scores(str(csv), [1, 2])
+    csv.write_text("step,gold\n1,nan\n2,0.5\n", encoding="utf-8")
+    with pytest.raises(InputError, match="row 1: field 'gold' is 'nan', expected a number"):
         read_gold_scores(str(csv), [1])
     table.write_text('[{"step": 1, "gold": null}]', encoding="utf-8")
-    with pytest.raises(InputError, match="row 1: no column of numbers besides 'step'"):
+    with pytest.raises(InputError, match="gold.json: no column of numbers besides 'step'"):
         read_gold_scores(str(table), [1])
 
 

@@ -78,7 +78,11 @@ def test_agreement_prompt_by_prompt():
     ],
 )
 def test_where_gold_turns(proxy, gold, step):
-    assert turning_point([10, 20, 30, 40], np.array(proxy), np.array(gold)) == step
+    proxy, gold = np.array(proxy, dtype=float)[:, None], np.array(gold, dtype=float)[:, None]
+    noise = np.array([[-1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [-1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])
+    assert turning_point([10, 20, 30, 40], proxy, gold) == step  # means alone
+    assert turning_point([10, 20, 30, 40], proxy + noise, gold + 0.01 * noise) == step
+    assert turning_point([10, 20, 30, 40], proxy + noise, gold * 1e-3 + noise) is None  # within what prompts scatter
 
 
 def run_of(name, design, gold, instructions=("a", "b", "c"), kl=(0.0, 1.0, 2.5)):

@@ -73,7 +73,7 @@ def test_killed_and_stopped_runs_end_as_if_left_alone(left_alone, tiny_model, tm
         time.sleep(moments.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (tmp_path / ".tiny_step_6.abc" / "tiny_step_6").mkdir(parents=True)  # as a save leaves it that was killed
+    (tmp_path / ".tiny_step_6.abcdefgh.unfinished" / "tiny_step_6").mkdir(parents=True)  # as a save leaves it that was killed
     process = start(command)
     wait_for_steps(process, tmp_path / "tiny", 5)
     process.send_signal(signal.SIGTERM)
@@ -126,7 +126,7 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
     later = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path / "tiny_step_0"))
     assert later.returncode == 2 and "tiny_step_2: exists already" in later.stderr
     (tmp_path / "tiny_step_2" / "value_head.safetensors").write_bytes(b"cut short")
-    broken = run_script(*words(tiny_model, rows, tmp_path / "tiny", allow_changed_settings="true"))
+    broken = run_script(*words(tiny_model, rows, tmp_path / "tiny", resume_from_checkpoint=tmp_path / "tiny_step_2"))
     assert broken.returncode == 2 and "tiny_step_2: cannot be resumed from" in broken.stderr
 
 
@@ -170,7 +170,7 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys):
     with pytest.raises(InputError, match="score_norm_by_qtype was False and is True"):
         check_settings(tmp_path, settings(score_norm_by_qtype=True), 1)
 
-    record(settings(), {"reward_model.py": "other code"})
+    record(settings(), {**settings().reward_source(), "reward_model.py": "other code"})
     with pytest.raises(InputError, match=r"the reward's code has changed since \(reward_model.py\); seed was 42 and is 7 \(--allow"):
         check_settings(tmp_path, settings(seed=7), 1)
     check_settings(tmp_path, settings(seed=7, allow_changed_settings=True), 1)

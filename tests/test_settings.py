@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import REPOSITORY
 
-from parts.cli import parse_settings, setting
+from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError
 
 SCRIPTS = {
@@ -19,15 +19,16 @@ SCRIPTS = {
     "eval_monotonicity": "MonotonicitySettings",
     "train_gold_rm": "GoldTrainingSettings",
     "train_sft": "SFTSettings",
+    "merge_adapter": "MergeSettings",
     "parts.bundled_models": "BundledModelSettings",
     "reward_model": "RewardSettings",
     "parts.score_files": "ScoreFileSettings",
-    "parts.gold_models": "GoldSettings",
+    "parts.gold_settings": "GoldSettings",
 }
 
 
 @dataclass
-class Example:
+class Example(Settings):
     rate: float = setting(1e-5, "a rate")
     steps: int = setting(10, "a count")
     active: bool = setting(True, "a switch")
@@ -47,6 +48,10 @@ def test_both_spellings_and_yaml_with_overrides(tmp_path):
     ("yaml", "words", "message"),
     [
         ("speed: 3\n", [], "c.yaml: unknown setting 'speed'"),
+        ("step: 3\n", [], "c.yaml: unknown setting 'step', did you mean steps?"),
+        ("steps: 1\n", ["--nmes", "a"], "unrecognized arguments: --nmes a, did you mean --names?"),
+        ("steps: 1\n", ["--active=maybe"], "argument --active: 'maybe', expected true or false"),
+        ("rate: .nan\n", [], "--rate is nan, expected a finite number"),
         ("steps: many\n", [], "argument --steps: invalid int value: 'many'"),
         ("- a\n", [], "c.yaml: expected a mapping of settings"),
         ("a: [\n", [], "c.yaml: broken YAML at line"),
@@ -75,8 +80,13 @@ def reads_of(module: str, variable: str) -> set[str]:
 def test_every_declared_setting_is_read_and_explained(script, cls):
     fields = dataclasses.fields(getattr(importlib.import_module(script), cls))
     read = reads_of(script, "settings")
-    if script in ("run_ppo", "parts.gold_models"):  # which hand their settings on, or read their own
-        read |= reads_of("parts.ppo_state", "settings") | reads_of("parts.ppo_setup", "settings") | reads_of("parts.gold_models", "self")
+    if script in ("run_ppo", "parts.gold_settings"):  # which hand their settings on, or read their own
+        read |= (
+            reads_of("parts.ppo_state", "settings")
+            | reads_of("parts.ppo_setup", "settings")
+            | reads_of("parts.gold_models", "self")
+            | reads_of("parts.gold_settings", "self")
+        )
     if script == "train_sft":
         read |= reads_of("parts.sft_data", "settings")
     if script in ("run_ppo", "reward_model"):

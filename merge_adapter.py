@@ -1,0 +1,93 @@
+"""A checkpoint's adapter added to its base model: one plain model folder, for vLLM, lm-evaluation-harness, or another `--model_name`.
+
+    python merge_adapter.py outputs/full_step_500 --output_dir=outputs/full_500_merged
+    python merge_adapter.py FOLDER --base_model_name=$MODEL_NAME --output_dir=...      # where the adapter's own base has moved
+
+The weights are those of `PeftModel.merge_and_unload`, in the base model's own precision. The tokenizer, with its chat template, is the
+adapter's where it has one, else the base's. `training_record.json` says what was merged.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from parts.cli import Settings, parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, clear_leftovers, write_json
+from parts.locks import hold
+from parts.models import adapter_base, check_model_name, loading, model_identity
+from parts.runs import RECORD, Checkpoint, find_adapters, provenance
+
+
+@dataclass
+class MergeSettings(Settings):
+    adapter: list[str] = setting([], "the adapter's folder, a checkpoint <output_dir>_step_<k> for example", positional=True, path=True)
+    output_dir: str = setting("", "folder that receives the model", written=True, required=True, expected="a folder")
+    base_model_name: str = setting("", "hub name or folder of the base model; empty means the one that the adapter names", path=True)
+    cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
+    overwrite: bool = setting(False, "replace a merged model that is at output_dir")
+
+
+def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
+    """The adapter and its base. Raises InputError for more or less than one adapter, one that cannot be merged, or an output in the way."""
+    adapters = find_adapters(settings.adapter)
+    if len(adapters) != 1:
+        raise InputError(f"{len(adapters)} adapters, expected one")
+    base = settings.base_model_name or adapter_base(adapters[0].folder)
+    check_model_name(base)
+    if (Path(base) / "adapter_config.json").is_file():
+        raise InputError(f"{base}: an adapter itself, expected a whole model to merge into")
+    output = Path(settings.output_dir)
+    hold(output)
+    clear_leftovers(output)
+    is_merged = "merged" in Checkpoint(output).record
+    if output.exists() and not (is_merged and settings.overwrite):
+        hint = " (--overwrite=true replaces it)" if is_merged else ", expected a new folder"
+        raise InputError(f"{output}: exists already{hint}")
+    return adapters[0], base
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = parse_settings(MergeSettings, description=__doc__)
+
+    # 1. Everything a user can get wrong, before the model loads.
+    adapter, base = check(settings)
+
+    # 2. The weights.
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kind = PeftConfig.from_pretrained(adapter.folder)
+    if kind.task_type != "CAUSAL_LM" or kind.is_prompt_learning:
+        raise InputError(f"{adapter.folder}: {kind.peft_type.value} for {kind.task_type}, expected weights to add to a causal LM")
+    cache = settings.cache_dir or None
+    with loading(base, "a causal language model"):
+        dtype = AutoConfig.from_pretrained(base, cache_dir=cache).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, cache_dir=cache, dtype=dtype)
+    with loading(str(adapter.folder), f"an adapter of {base}"):
+        model = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(safe_merge=True)
+    tokenizer_name = (
+        str(adapter.folder) if (adapter.folder / "tokenizer_config.json").is_file() else adapter.trained.get("tokenizer_name") or base
+    )
+    with loading(tokenizer_name, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, cache_dir=cache)
+
+    # 3. The folder.
+    merged = {"adapter": str(adapter.folder), "content": model_identity(str(adapter.folder)), "base": base}
+    template = adapter.trained.get("chat_template_name")
+    record = provenance(model=base, dtype=str(dtype).removeprefix("torch."), template=template, merged=merged, settings=asdict(settings))
+    with atomic_path(settings.output_dir) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / RECORD, record)
+    print(settings.output_dir)
+    if template and template != "tokenizer":
+        print(f"prompts in training had the template '{template}', which is not the tokenizer's own: --chat_template_name={template}")
+
+
+if __name__ == "__main__":
+    run_main(main)
