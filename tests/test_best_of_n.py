@@ -68,7 +68,7 @@ def test_each_sample_is_its_own_and_the_first_is_the_alpaca_file(tiny_model, sam
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     for place, prompt in enumerate(encode_prompts(tokenizer, [template.render(row["input"]) for row in ROWS])):
         for number in range(SAMPLES):
-            (ids,) = sample(model, [prompt], Decoding(12), row_draws(42, [place], 12, "model", number), tokenizer.eos_token_id)
+            (ids,) = sample(model, [prompt], Decoding(12), row_draws(42, [place], 12, "model", number), {tokenizer.eos_token_id})
             assert rows[place]["responses"][number] == {
                 "output": tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length",
