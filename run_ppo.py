@@ -224,7 +224,8 @@ def main() -> None:
     from parts import ppo_state
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
-    hold(settings.output_dir, settings.logging_dir)
+    logs_apart = [] if Path(settings.output_dir) in Path(settings.logging_dir).parents else [settings.logging_dir]
+    hold(settings.output_dir, *logs_apart)
     check_writable(Path(settings.logging_dir) / "metrics.jsonl")
     begin = ppo_state.find_start(settings)
     check_model_name(settings.model_name)

@@ -157,13 +157,12 @@ def remove_folder(folder: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise InputError where a file cannot be written, before anything is computed for it; its folder is made."""
+    """Raise InputError where a file cannot be written, before anything is computed for it. Nothing is left there."""
     path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
             pass
     except OSError as error:
         raise InputError(f"{path}: cannot be written there ({error.strerror})") from None

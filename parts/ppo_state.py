@@ -285,9 +285,10 @@ def check_foreign(settings) -> None:
 
 
 def check_metrics(settings) -> None:
-    """Raises InputError where a new run would replace the metrics of another `output_dir`; a run that goes on may have been moved."""
+    """Raises InputError where a new run would replace the metrics of another `output_dir`. (Whatever lies in its own is its own; a run may be moved.)"""
     log = run_file(settings)
-    if log.is_file() and not is_same_path(read_json(log).get("settings", {}).get("output_dir"), settings.output_dir):
+    is_own = Path(settings.output_dir) in log.parents
+    if log.is_file() and not is_own and not is_same_path(read_json(log).get("settings", {}).get("output_dir"), settings.output_dir):
         raise InputError(f"{log}: of another run, whose metrics are beside it; expected another --logging_dir")
 
 

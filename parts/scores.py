@@ -165,7 +165,7 @@ def read_columns(path: str, rows: Sequence[Mapping], names: Sequence[str], but: 
             continue
         for row, name in enumerate(names, start=1):
             if name in numbers and numbers[name] is None:
-                raise InputError(f"{path}: row {row}: column '{column}' is {given[name]!r}, expected a number as in other rows")
+                raise InputError(f"{path}: row {row}: field '{column}' is {given[name]!r}, expected a number")
         percents = [str(cell).strip().endswith("%") for cell in given.values()]
         if any(percents) and not all(percents):
             raise InputError(

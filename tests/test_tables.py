@@ -50,9 +50,9 @@ def test_leaderboards(tmp_path, capsys, name, text, expected, told):
     ("text", "told"),
     [
         ("name;win_rate\na;10,0\nb;20,0\n", "column 'win_rate' is '10,0', expected a point before decimals"),
-        ("name,win_rate\na,10\nb,good\n", "row 2: column 'win_rate' is 'good', expected a number as in other rows"),
-        ("name,win_rate\na,10\nb,inf\n", "row 2: column 'win_rate' is 'inf', expected a number"),
-        ('name,win_rate\na,10\nb,"12,00"\n', "row 2: column 'win_rate' is '12,00', expected a number"),
+        ("name,win_rate\na,10\nb,good\n", "row 2: field 'win_rate' is 'good', expected a number"),
+        ("name,win_rate\na,10\nb,inf\n", "row 2: field 'win_rate' is 'inf', expected a number"),
+        ('name,win_rate\na,10\nb,"12,00"\n', "row 2: field 'win_rate' is '12,00', expected a number"),
         ("name,win_rate\na,10%\nb,0.2\n", "column 'win_rate' has percent signs in 1 of 2 cells, expected all or none"),
         ("name,win_rate,win_rate\na,10,11\nb,20,21\n", "column 'win_rate' comes twice"),
         ("name,win_rate\na,10\na,20\n", "row 2: name 'a' comes twice"),
@@ -79,7 +79,7 @@ def test_gold_scores_by_step(tmp_path, capsys):
     with pytest.raises(InputError, match="row 1: field 'gold' is '-', expected a number"):
         read_gold_scores(str(path), [500])
     (tmp_path / "gold.json").write_text('[{"step": 5, "gold": true}, {"step": 6, "gold": 1.0}]', encoding="utf-8")
-    with pytest.raises(InputError, match="row 1: column 'gold' is True, expected a number"):
+    with pytest.raises(InputError, match="row 1: field 'gold' is True, expected a number"):
         read_gold_scores(str(tmp_path / "gold.json"), [5])
 
 
