@@ -181,7 +181,10 @@ class Operations:
         return tokens * (2 * self.frozen + 4 * self.lora + 10 * self.attention * context)
 
     def step(self, rows: int, prompt: float, response: float, epochs: int, checkpointing: bool = False) -> tuple[float, float]:
-        """A PPO step: the policy's and the reference's log-probabilities; the epochs."""
+        """A PPO step: the policy's and the reference's log-probabilities; the epochs.
+
+        With checkpointing a whole forward pass is added. PyTorch leaves out a layer's last product, whose result no gradient needs.
+        """
         tokens, context, predicted = rows * (prompt + response), prompt + response, rows * response
         layers = self.forward(tokens, context)
         before = layers + self.forward(tokens, context, adapter=False) + predicted * 2 * (2 * self.head + 2 * self.value)
