@@ -79,7 +79,7 @@ class _Follower(TorchDispatchMode):
         self.now -= size
 
 
-# ----------------------------------------------------------------------------------------------------------------------- memory and kernels
+# --------------------------------------------------------------------------------------------------- memory and kernels
 
 
 def trainer_pass(policy: nn.Module, rows: int, prompt: int, response: int, trained: bool, checkpointing: bool = False) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def count(model: nn.Module, trained: bool) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad == trained)
 
 
-# ---------------------------------------------------------------------------------------------------------------- floating-point operations
+# -------------------------------------------------------------------------------------------- floating-point operations
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class Operations:
         return before, epochs * (loss + self.backward(tokens, context) + predicted * 4 * self.value)
 
 
-def policy_operations(policy, config) -> Operations:
+def policy_operations(policy: nn.Module, config: PretrainedConfig) -> Operations:
+    """Those of a policy with LoRA and a value head, `meta_policy`'s or a real one."""
     return Operations.of(policy, config, base_model(policy).get_output_embeddings())
 
 
