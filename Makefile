@@ -52,3 +52,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_ppo.py
 	$(BIN)/python benchmarks/bench_generation.py
 	$(BIN)/python benchmarks/bench_monotonicity.py
+	$(BIN)/python benchmarks/check_scale.py

@@ -5,7 +5,8 @@
 
 The CPU's own paths are off, so that the step is computed as on a GPU: fused attention, PyTorch's linear layers. A first step counts
 operations by `torch.utils.flop_counter`; it also makes the optimizer's moments and brings the weights into memory. What the peak of a
-second one adds to the process is the memory.
+second one adds to the process is the memory. malloc is told to map every tensor by itself, so that it gives all of them back; what its
+heap keeps otherwise, `--malloc_heap=true` shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import run_main
 from parts.models import check_model_name, load_tokenizer, loading
 
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's malloc.h
+
 
 @dataclass
 class CheckSettings(Settings):
@@ -33,6 +36,7 @@ class CheckSettings(Settings):
     prompt_tokens: int = setting(64, "of every prompt", least=1)
     response_tokens: int = setting(64, "of every response", least=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    malloc_heap: bool = setting(False, "leave malloc as it is: tensors below 32 MiB share a heap, whose holes count")
     lora_r: int = setting(8, "LoRA rank", least=1)
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
@@ -69,6 +73,10 @@ def main() -> None:
     from parts.counting import meta_policy, policy_operations, rows_per_pass, torchs_counter, trainer_pass
 
     # 1. Measured.
+    libc = ctypes.CDLL(None)
+    if not settings.malloc_heap:
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        libc.mallopt(M_MMAP_MAX, 2**20)
     cpu_speed.ENABLED = False
     trainer = make_trainer(settings)
     rows, lengths = settings.batch_size, (settings.prompt_tokens, settings.response_tokens)
@@ -78,7 +86,7 @@ def main() -> None:
         trainer.step(*batch)
     operations = counter.get_total_flops()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before = resident("VmRSS")
     trainer.step(*batch)

@@ -206,7 +206,8 @@ class Counted:
         return (
             f"{settings.model}: {self.base:,} parameters; LoRA and value head {self.trained:,}. "
             f"A step's operations: {before / 1e15:.2f} PFLOP before the epochs, {epochs / 1e15:.2f} PFLOP in them; "
-            f"{self.sampling_kernels:,} kernels a sampled token. {settings.gold}: {self.gold:,} parameters, {2 * self.gold / GB:.0f} GB in bf16."
+            f"{self.sampling_kernels:,} kernels a sampled token. "
+            f"{settings.gold}: {self.gold:,} parameters, {2 * self.gold / GB:.0f} GB in bf16."
         )
 
 

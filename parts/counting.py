@@ -79,7 +79,7 @@ class _Follower(TorchDispatchMode):
         self.now -= size
 
 
-# ----------------------------------------------------------------------------------------------------------------------- memory and kernels
+# --------------------------------------------------------------------------------------------------- memory and kernels
 
 
 def trainer_pass(policy: nn.Module, rows: int, prompt: int, response: int, trained: bool, checkpointing: bool = False) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def count(model: nn.Module, trained: bool) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad == trained)
 
 
-# ---------------------------------------------------------------------------------------------------------------- floating-point operations
+# -------------------------------------------------------------------------------------------- floating-point operations
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,10 @@ class Operations:
         return tokens * (2 * self.frozen + 4 * self.lora + 10 * self.attention * context)
 
     def step(self, rows: int, prompt: float, response: float, epochs: int, checkpointing: bool = False) -> tuple[float, float]:
-        """A PPO step: the policy's and the reference's log-probabilities; the epochs."""
+        """A PPO step: the policy's and the reference's log-probabilities; the epochs.
+
+        With checkpointing a whole forward pass is added. PyTorch leaves out a layer's last product, whose result no gradient needs.
+        """
         tokens, context, predicted = rows * (prompt + response), prompt + response, rows * response
         layers = self.forward(tokens, context)
         before = layers + self.forward(tokens, context, adapter=False) + predicted * 2 * (2 * self.head + 2 * self.value)
@@ -189,7 +192,8 @@ class Operations:
         return before, epochs * (loss + self.backward(tokens, context) + predicted * 4 * self.value)
 
 
-def policy_operations(policy, config) -> Operations:
+def policy_operations(policy: nn.Module, config: PretrainedConfig) -> Operations:
+    """Those of a policy with LoRA and a value head, `meta_policy`'s or a real one."""
     return Operations.of(policy, config, base_model(policy).get_output_embeddings())
 
 
