@@ -187,7 +187,7 @@ def test_what_is_said_of_a_ranking():
 
 
 def test_a_fall_is_said_as_strongly_as_its_error_allows():
-    entry = {"turning_point": 2, "peak": 2, "fall": {"difference": -0.5, "standard_error": 0.2}}
+    entry = {"turning_point": 2, "peak": 2, "fall": {"difference": -0.5, "standard_error": 0.2}, "scaling": {}}
     weak = {**entry, "fall": {"difference": -0.5, "standard_error": 0.3}}
     assert list(sentences([1, 2, 4], {"LI": entry, "LI * RP": weak, "1": {**entry, "turning_point": None}})) == [
         "LI: gold peaks at n = 2 and is lower by 0.50, SE 0.20 at n = 4, where the proxy is higher: the proxy is over-optimised",
@@ -260,8 +260,9 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     (tmp_path / "li").mkdir()
     log = [json.dumps({"step": step, "objective/kl": step / 2}) for step in (1, 2, 3)]
     (tmp_path / "li" / "metrics.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
-    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold]
-    assert run_inside(monkeypatch, *words, "--best_of_n", sampled, "--relevance_model_name=models/all-MiniLM-L6-v2") == 0
+    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold, "--best_of_n", sampled,
+             "--relevance_model_name=models/all-MiniLM-L6-v2"]  # fmt: skip
+    assert run_inside(monkeypatch, *words) == 0
     chosen = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
     assert len(chosen) == 17  # the runs' designs are among all
     folder = tmp_path / "li+best_of_n_monotonicity"
@@ -274,7 +275,7 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     assert "curve" in read_json(tmp_path / "li_monotonicity" / "monotonicity.json")  # the run's own stays
     said = capsys.readouterr().out
     assert "no curve of" not in said
-    assert run_inside(monkeypatch, *words, "--best_of_n", sampled, "--designs", "LI * RP") == 0
+    assert run_inside(monkeypatch, *words, "--designs", "LI * RP") == 0
     assert "warning: --best_of_n has no curve of LI\n" in capsys.readouterr().out
 
 
