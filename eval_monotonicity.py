@@ -369,6 +369,8 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         for design, both in agreed.items():
             print_together(both, len(seeds[design]), design)
         compared = compare(scored)
+        if curves:
+            compared["best_of_n"] = [curve.ends for curve in curves]
         print_comparison(compared)
         by_run = {
             name: {run.name: record[name] for run, record in zip(runs, records)}

@@ -11,6 +11,14 @@ if grep -qs avx512_bf16 /proc/cpuinfo; then half=true dtype=bfloat16; fi  # twic
 # A backbone that answers in a sentence or two, so that length has room to grow.
 python train_sft.py --config configs/demo_sft.yaml --output_dir="$backbone" --bf16=$half --overwrite=true
 
+# Best-of-n: the proxy tried on the backbone itself. Each design picks one of n responses, and gold judges the pick.
+python evaluation.py --base_model_name="$backbone" --output_dir="$output" --data_path=data/eval.json --num_samples=16 --temperature=1 \
+  --max_new_tokens=96 --batch_size=64 --dtype=$dtype --overwrite=true
+best_of_n=("$output/$(basename "$backbone")/samples-$(basename "$backbone").jsonl" --gold_model=assets/demo_gold_rm --gold_dtype=$dtype
+  --relevance_model_name=models/all-MiniLM-L6-v2 --output_max_length=96 --batch_size=32 --output_dir="$output"
+  --designs LI "LI * RP" "LI * RP * relevance" "LI * RP * relevance, branching")
+python eval_monotonicity.py --best_of_n "${best_of_n[@]}"
+
 # PPO from it, twice: the same prompts, seed and settings, another reward. Each run has half of the cores.
 export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
 train() {
@@ -29,6 +37,5 @@ unset OMP_NUM_THREADS
 python evaluation.py --base_model_name="$backbone" --peft_model_name "$output/length_step_*" "$output/full_step_*" \
   --data_path=data/eval.json --max_new_tokens=96 --batch_size=64 --evaluations alpaca --common_draws=true --dtype=$dtype --overwrite=true
 
-# What each reward did to gold.
-python eval_monotonicity.py --output_dir="$output" --model_prefix length full --include_start=true \
-  --gold_model=assets/demo_gold_rm --gold_dtype=$dtype --batch_size=32
+# What each reward did to gold under PPO, beside best-of-n.
+python eval_monotonicity.py --model_prefix length full --include_start=true --best_of_n "${best_of_n[@]}"

@@ -76,7 +76,7 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         more = {"proxy": asdict(choice.proxy), "template": choice.template.name, "dtype": dtypes, "samples": samples.meta}
         write_best_of_n(Path(settings.output_dir) / f"{samples.name}_best_of_n", samples.name, sizes, found, rankings, {**record, **more})
         kl = [divergence(n) for n in sizes]
-        curves += [BestOfN(ranking.name, kl, ranking.proxy, ranking.gold) for ranking in rankings if ranking.name in proxies]
+        curves += [BestOfN(ranking.name, kl, ranking.proxy, ranking.gold, sizes) for ranking in rankings if ranking.name in proxies]
     return curves
 
 

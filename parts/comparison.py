@@ -56,9 +56,25 @@ def sentences(compared: Mapping[str, list]) -> list[str]:
             if first["steps"] != second["steps"]:
                 said.append("{} and {} were compared over different steps, {} to {} and {} to {}.".format(
                     *(called[name] for name in pair["runs"]), *first["steps"], *second["steps"]))  # fmt: skip
+    if "best_of_n" in compared:
+        said += _beside_best_of_n(compared, called)
     for names in compared["unpaired"]:
         said.append("{} and {} answered different prompts, so their gains are not paired.".format(*(called[name] for name in names)))
     return [*said, "Standard errors are over prompts. They say nothing of another seed."]
+
+
+def _beside_best_of_n(compared: Mapping[str, list], called: Mapping[str, str]) -> Iterator[str]:
+    """For each run, gold and best-of-n of its design: whether both move gold the same way."""
+    words = {1: "rises", 0: "does not move", -1: "falls"}
+    for run, chosen in ((run, chosen) for run in compared["runs"] for chosen in compared["best_of_n"] if chosen["design"] == run["design"]):
+        for (name, under_ppo), best in zip(_named_golds(run["golds"]), (chosen["golds"][gold] for gold in run["golds"])):
+            directions = _direction(under_ppo), _direction(best)
+            if None not in directions:
+                agree = "agree" if directions[0] == directions[1] else "do not agree"
+                yield (
+                    f"Best-of-n and PPO {agree} about {called[run['name']]}: {name} {words[directions[1]]} in the best of {chosen['n']} "
+                    f"({best['difference']:+.2f}, {_errors(best)}) and {words[directions[0]]} under PPO."
+                )
 
 
 def _movements(entry: Mapping) -> str:

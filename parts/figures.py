@@ -17,7 +17,7 @@ import numpy as np
 
 from parts.comparison import last_parts
 from parts.files import atomic_path
-from parts.rank_statistics import ScoredRun, curve_band, standard_gains, start_spread
+from parts.rank_statistics import ScoredRun, curve_band, paired_difference, standard_gains, start_spread
 from parts.scaling_fits import FORMULAS, fit_gains, fit_golds, fitted_line, root_kl
 
 PROXY_STYLE = ("o-", "#0b6fb8")
@@ -42,12 +42,20 @@ class BestOfN:
         kl: [sizes] log n - (n - 1) / n, n = 1 first.
         proxy: [sizes, rows].
         gold: gold's name to [sizes, rows].
+        sizes: the values of n.
     """
 
     design: str
     kl: list[float]
     proxy: np.ndarray
     gold: dict[str, np.ndarray]
+    sizes: list[int]
+
+    @property
+    def ends(self) -> dict:
+        """What each gold gains from n = 1 to the largest n, as `rank_statistics.paired_difference` says."""
+        golds = {name: paired_difference(scores[0], scores[-1]) for name, scores in self.gold.items()}
+        return {"design": self.design, "n": self.sizes[-1], "golds": golds}
 
 
 @dataclass(frozen=True)

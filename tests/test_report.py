@@ -367,6 +367,13 @@ def test_what_is_said_of_designs():
         "Gold differs between the two by 3.09 (7 SE), paired by prompt, in favour of LI * RP over LI.",
         caveat,
     ]
+    chosen = [
+        {"design": name, "n": 16, "golds": {"owner/rm0": gain(*own)}} for name, own in (("LI", (-0.99, 0.32)), ("LI * RP", (0.98, 0.15)))
+    ]
+    assert sentences({"runs": [li, full], "pairs": [], "unpaired": [], "best_of_n": chosen})[2:4] == [
+        "Best-of-n and PPO agree about LI: gold falls in the best of 16 (-0.99, 3 SE) and falls under PPO.",
+        "Best-of-n and PPO do not agree about LI * RP: gold rises in the best of 16 (+0.98, 6 SE) and does not move under PPO.",
+    ]
     assert comparison_table({"runs": [li]}) == [{
         "run": "a", "design": "LI", "steps": "0 to 12", "proxy gain (SE)": "+0.48 (0.03)", "gold gain (SE)": "-3.01 (0.33)",
         "SpearmanR (interval)": "-1.00 (-1.00 to -0.80)", "gold peaks at": "4", "tokens": "18 -> 66", "repetition": "0.99 -> 0.90",
@@ -447,7 +454,9 @@ def five_checkpoints(name: str, bend: float, shift: float = 0.0, design: str = "
 def best_of_n() -> BestOfN:
     """Gold gains d (1 - d / 3), d = 0, 0.5, 1, 1.5 and 2: highest at d = 1.5."""
     d = np.array([[0.0], [0.5], [1.0], [1.5], [2.0]])
-    return BestOfN("LI", (d[:, 0] ** 2).tolist(), np.arange(ROWS) / 2 + d, {"owner/gold": np.ones(ROWS) + d * (1 - d / 3)})
+    return BestOfN(
+        "LI", (d[:, 0] ** 2).tolist(), np.arange(ROWS) / 2 + d, {"owner/gold": np.ones(ROWS) + d * (1 - d / 3)}, [1, 2, 4, 8, 16]
+    )
 
 
 def test_the_lines_of_seeds_and_of_best_of_n():
