@@ -95,7 +95,7 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
     Returns:
         "rows"; by n the means "proxy" and "gold", and "gain", what gold gains over n = 1, with its "standard_error" over prompts (None for
         a lone one); "spearman" of the two curves over n and its "interval" over prompts; "peak", the n of the highest gold;
-        "turning_point", that n if the proxy rises on beyond it; "fall", the `paired_difference` of gold from there to the largest n; "scaling",
+        "turning_point", as `rank_statistics.turning_point`, that n if gold falls beyond it while the proxy rises; "fall", the `paired_difference` of gold from there to the largest n; "scaling",
         `scaling_fits.fit_gains` of what gold gains.
     """
     gains, several = gold - gold[0], gold.shape[1] > 1
@@ -110,7 +110,7 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
         "spearman": rho,
         "interval": bootstrap_interval(proxy, gold) if several and rho is not None else None,
         "peak": sizes[peak],
-        "turning_point": turning_point(list(sizes), *means),
+        "turning_point": turning_point(list(sizes), proxy, gold),
         "fall": paired_difference(gold[peak], gold[-1]) if several else None,
         "scaling": fit_gains("best-of-n", [divergence(n) for n in sizes], gains),
     }
