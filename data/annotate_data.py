@@ -131,7 +131,6 @@ def main() -> None:
     # 1. What there is to do, and everything a user can get wrong.
     if len(settings.data) != 1:
         raise InputError(f"{len(settings.data)} files of rows, expected one")
-    hold(settings.output)
     rows, prompts = rows_and_instructions(settings.data[0])
     places = {"qtype": [row for row, found in enumerate(rows) if settings.overwrite_labels or lacks_qtype(found)], "output": []}
     if settings.add_references:
@@ -155,6 +154,7 @@ def main() -> None:
     record: dict = {}
     given: dict[str, dict[int, str]] = {"qtype": {}, "output": {}}
     if settings.annotator == "classifier":
+        hold(settings.output)
         labels, record["classifier"] = classify(
             [prompts[row] for row in places["qtype"]], settings.model, settings.encoder, settings.train_from, settings.seed,
             settings.batch_size, settings.device, settings.cache_dir,
@@ -177,6 +177,7 @@ def main() -> None:
                 return
             if new and not os.environ.get("OPENAI_API_KEY"):
                 raise InputError("OPENAI_API_KEY is not set, expected the API's key in the environment")
+        hold(settings.output)
         if new and settings.annotator == "openai":
             require_answers(ask_all(new, answers, settings.concurrency, settings.max_retries), answers.path)
         elif new:

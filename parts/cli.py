@@ -295,17 +295,20 @@ def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
     """The settings of a YAML file as words of a command line, so both are read by the same rules."""
     if not path:
         return []
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise InputError(f"{path}: broken YAML{line}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a date that is none, thousands of brackets
+        raise InputError(f"{path}: broken YAML ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of settings")
     words = []
     for name, value in content.items():
         if name not in names:
-            raise InputError(f"{path}: unknown setting '{name}'{did_you_mean(str(name), names)}")
+            raise InputError(f"{path}: unknown setting {str(name)!r}{did_you_mean(str(name), names)}")
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
