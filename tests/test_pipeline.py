@@ -347,7 +347,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_model, rows_file, tmp_path, 
 def test_lora_on_modules_that_are_not_there(tiny_model, rows_file, tmp_path):
     done = run_script(*ppo_words(tiny_model, rows_file, tmp_path / "tiny", lora_target_modules="w_q"))
     assert done.returncode == 2
-    assert "--lora_target_modules: the model has no module 'w_q'" in done.stderr.strip().splitlines()[-1]
+    assert "--lora_target_modules holds 'w_q', expected modules of the model: down_proj, gate_proj" in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.glob("tiny*"))
 
 
