@@ -85,7 +85,7 @@ def lora_targets(model: nn.Module, names: list[str]) -> list[str] | str:
             linear = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))})
             hint = did_you_mean(name, linear)
             raise InputError(
-                f"--lora_target_modules holds {name!r}{hint}, expected modules of the model: {', '.join(linear)} ... or all-linear"
+                f"--lora_target_modules holds {name!r}, expected modules of the model: {', '.join(linear)} ... or all-linear{hint}"
             )
     return names
 
