@@ -89,6 +89,8 @@ def test_every_declared_setting_is_read_and_explained(script, cls):
         )
     if script == "train_sft":
         read |= reads_of("parts.sft_data", "settings")
+    if script == "eval_monotonicity":
+        read |= reads_of(script, "self") | reads_of("parts.runs", "settings") | reads_of("parts.best_of_n_command", "settings")
     if script in ("run_ppo", "reward_model"):
         read |= reads_of("reward_model", "self") | reads_of("reward_model", "settings") | switches_in_use()
     unread = {field.name for field in fields} - read
