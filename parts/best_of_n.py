@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata, sem
+import scipy  # its parts load when they are used
 
 from parts.rank_statistics import bootstrap_interval, paired_difference, spearman, turning_point
 from parts.rows import QTYPES
@@ -50,8 +50,8 @@ def best_of_n_weights(proxy: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
         [sizes, rows, samples]; each row sums to 1.
     """
     count = proxy.shape[1]
-    below = rankdata(proxy, method="min", axis=1).astype(int) - 1
-    within = rankdata(proxy, method="max", axis=1).astype(int)
+    below = scipy.stats.rankdata(proxy, method="min", axis=1).astype(int) - 1
+    within = scipy.stats.rankdata(proxy, method="max", axis=1).astype(int)
     shares = np.array([[math.comb(some, n) / math.comb(count, n) for some in range(count + 1)] for n in sizes])
     return (shares[:, within] - shares[:, below]) / (within - below)
 
@@ -106,7 +106,7 @@ def judge(sizes: Sequence[int], proxy: np.ndarray, gold: np.ndarray) -> dict:
         "proxy": means[0].tolist(),
         "gold": means[1].tolist(),
         "gain": gains.mean(axis=1).tolist(),
-        "standard_error": sem(gains, axis=1).tolist() if several else [None] * len(sizes),
+        "standard_error": scipy.stats.sem(gains, axis=1).tolist() if several else [None] * len(sizes),
         "spearman": rho,
         "interval": bootstrap_interval(proxy, gold) if several and rho is not None else None,
         "peak": sizes[peak],

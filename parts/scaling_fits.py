@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.linalg import lstsq
-from scipy.special import xlogy
-from scipy.stats import sem
+import scipy  # its parts load when they are used
 
 FORMULAS = {"best-of-n": "d (alpha - beta d)", "RL": "d (alpha - beta log d)"}
 FEWEST_POINTS = 4  # of different KL above 0: two parameters, and as many points to say whether they were needed
@@ -59,9 +57,9 @@ def fit_gains(form: str, kl: Sequence[float | None], gains: np.ndarray) -> dict:
     means = gains.mean(axis=1)
     if not means.any():
         return {**found, "reason": "gold is the same at every point"}
-    by_row = lstsq(_terms(form, d), gains)[0]  # [2, rows]
+    by_row = scipy.linalg.lstsq(_terms(form, d), gains)[0]  # [2, rows]
     alpha, beta = by_row.mean(axis=1)
-    errors = sem(by_row, axis=1).tolist() if gains.shape[1] > 1 else [None, None]
+    errors = scipy.stats.sem(by_row, axis=1).tolist() if gains.shape[1] > 1 else [None, None]
     aic = _aic(means, _terms(form, d)), _aic(means, d[:, None])
     peak = float(_peaks(form, alpha, beta)) if aic[0] < aic[1] else np.inf
     within = d.min() / NEAR <= peak <= d.max() * NEAR
@@ -130,7 +128,7 @@ def describe_fit(fit: dict) -> str:
 
 def _terms(form: str, d: np.ndarray) -> np.ndarray:
     """[points, 2]: what alpha and beta are multiplied by."""
-    return np.stack([d, -xlogy(d, d) if form == "RL" else -d * d], axis=1)
+    return np.stack([d, -scipy.special.xlogy(d, d) if form == "RL" else -d * d], axis=1)
 
 
 def _peaks(form: str, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -150,6 +148,6 @@ def _peak_interval(form: str, by_row: np.ndarray, resamples: int = 2000, seed: i
 def _aic(means: np.ndarray, terms: np.ndarray) -> float:
     """n log(RSS / n) + 2 k of least squares. What rounding leaves of an exact fit counts as exact, so that of two the simpler is lower."""
     count, parameters = terms.shape
-    residuals = means - terms @ lstsq(terms, means)[0]
+    residuals = means - terms @ scipy.linalg.lstsq(terms, means)[0]
     squares = max(float(residuals @ residuals), 1e-24 * float(means @ means))
     return count * float(np.log(squares / count)) + 2 * parameters

@@ -356,4 +356,7 @@ def test_a_bad_preference_is_named(tmp_path):
     preferences.write_text('{"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}\n', encoding="utf-8")
     done = run_script("train_gold_rm.py", "--preferences", preferences)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == f"error: {preferences}: row 1: field 'preference' is 3, expected 1 or 2, or a number between them"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == f"error: {preferences}: row 1: field 'preference' is 3, expected 1 or 2, or a number between them"
+    )

@@ -31,7 +31,7 @@ def scaled():
     trainer = FastPPOTrainer.__new__(FastPPOTrainer)
     trainer.config = SimpleNamespace(use_score_scaling=True, use_score_norm=True, score_clip=10.0)
     trainer.running = RunningMoments(SimpleNamespace(use_distributed=False))
-    return lambda scores: trainer._scaled(torch.tensor(scores)).tolist()
+    return lambda scores: trainer._scaled(torch.tensor(scores), None).tolist()
 
 
 @pytest.mark.parametrize("rows", [2, 4, 6, 7, 8, 12, 50])
