@@ -374,6 +374,8 @@ def test_what_is_said_of_designs():
         "Best-of-n and PPO agree about LI: gold falls in the best of 16 (-0.99, 3 SE) and falls under PPO.",
         "Best-of-n and PPO do not agree about LI * RP: gold rises in the best of 16 (+0.98, 6 SE) and does not move under PPO.",
     ]
+    idle = sentences({"runs": [entry("a", "LI", gain(0.01, 0.031), gain(-3.01, 0.33))], "pairs": [], "unpaired": [], "best_of_n": chosen})
+    assert len(idle) == 2  # PPO did not raise the proxy: nothing to compare
     assert comparison_table({"runs": [li]}) == [{
         "run": "a", "design": "LI", "steps": "0 to 12", "proxy gain (SE)": "+0.48 (0.03)", "gold gain (SE)": "-3.01 (0.33)",
         "SpearmanR (interval)": "-1.00 (-1.00 to -0.80)", "gold peaks at": "4", "tokens": "18 -> 66", "repetition": "0.99 -> 0.90",
