@@ -83,14 +83,14 @@ def main() -> None:
         for adapter in adapters:
             fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter)
             stock_generate(fresh.merge_and_unload().eval(), some, 16, words.new_tokens, eos)
-        anew = time.perf_counter() - start
+        one_by_one = time.perf_counter() - start
         start = time.perf_counter()
         engine = HFEngine(MODEL, tokenizer, "cpu", 16)
         for adapter in adapters:
             engine.generate(adapter, some, decoding, 0, range(16), lambda place, tokens: None)
         once = time.perf_counter() - start
-        print(f"six checkpoints, 16 rows each: {anew / once:.2f} times as fast as a load, merge and model.generate for each "
-              f"({once:.1f} s against {anew:.1f} s)")  # fmt: skip
+        print(f"six checkpoints, 16 rows each: {one_by_one / once:.2f} times as fast as a load, merge and model.generate for each "
+              f"({once:.1f} s against {one_by_one:.1f} s)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_same_numbers_with_response_masks(tiny_model):
 
 
 def test_same_numbers_without_peft(tiny_model):
-    """The full model is trained but for its output head, against a copy of itself."""
+    """The full model is trained except its output head, against a copy of itself."""
 
     def make(cls):
         torch.manual_seed(0)
