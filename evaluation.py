@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from parts.chat_templates import ChatTemplate
-    from parts.generation import Decoding, HFEngine, VLLMEngine
+    from parts.generation import HFEngine, VLLMEngine
     from parts.models import ModelFacts
+    from parts.sampling import Decoding
     from parts.superni import Instance
     from reward_model import RewardSettings
 
@@ -128,7 +129,7 @@ def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
     """The decoding settings of an evaluation: the file's, and what the command line overrides."""
-    from parts.generation import Decoding
+    from parts.sampling import Decoding
 
     try:
         table = yaml.safe_load(read_text(settings.decoding))
@@ -209,7 +210,7 @@ def plan(
     import torch
 
     from parts.chat_templates import encode_rows
-    from parts.generation import end_tokens
+    from parts.sampling import end_tokens
     from parts.superni import superni_prompt
 
     prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them

@@ -53,9 +53,9 @@ from parts.runs import provenance
 from reward_model import RewardSettings
 
 if TYPE_CHECKING:
-    from parts.generation import Decoding
     from parts.ppo_state import Start
     from parts.ppo_trainer import FastPPOTrainer
+    from parts.sampling import Decoding
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -247,8 +247,8 @@ def main() -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from parts.generation import Decoding, end_tokens
     from parts.ppo_setup import make_trainer
+    from parts.sampling import Decoding, end_tokens
 
     trainer = make_trainer(settings, tokenizer)
     trainer.ends = end_tokens(tokenizer, facts.generation, template)

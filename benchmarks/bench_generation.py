@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from parts.chat_templates import encode_prompts, load_template
 from parts.files import REPOSITORY
-from parts.generation import Decoding, HFEngine
+from parts.generation import HFEngine
 from parts.models import load_tokenizer
+from parts.sampling import Decoding
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
 

@@ -26,7 +26,7 @@ floor 4, what the stages are made of
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_settings     how gold reward models are loaded and run
-    generation        prompts in, responses out
+    sampling          batched sampling with a causal LM
     logprobs          hidden states in, log-probabilities out, in the model's own way
     data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary
@@ -42,13 +42,14 @@ floor 5, made of these
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
-    rollouts          rollouts as jobs: finished, resumed, written
+    generation        prompts in, responses out: rollouts by transformers or by vLLM
     sft_data          rows for supervised fine-tuning
     qtype_classifier  query types told by a model
 floor 6, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO
     counting          memory and operations of PPO, from shapes alone
+    rollouts          rollouts as jobs: finished, resumed, written
     report            the lines, the files and the pages of scored runs
     score_files       the scoring command
     gold_models       gold reward models, which PPO may train against too

@@ -282,8 +282,9 @@ def answer_locally(
     import torch
 
     from parts.chat_templates import encode_instructions, load_template
-    from parts.generation import Decoding, HFEngine, end_tokens, generate_responses
+    from parts.generation import HFEngine, generate_responses
     from parts.models import load_tokenizer, read_facts
+    from parts.sampling import Decoding, end_tokens
 
     tokenizer = load_tokenizer(model_name, cache_dir or None)
     template = load_template(chat_template_name, tokenizer)

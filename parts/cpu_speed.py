@@ -8,7 +8,8 @@
 `ENABLED = False` switches all of it off. On a GPU all of it does nothing.
 
 Linear layers: MKL, PyTorch's choice for fp32, takes its fast paths on its maker's CPUs only. On AMD's, oneDNN's fp32 product takes half
-the time or less, at the same precision (`benchmarks/bench_linear.py`). Half precision goes to oneDNN anyway.
+the time or less, at the same precision (`benchmarks/bench_linear.py`). Half precision goes to oneDNN anyway; what sampling saves there is the
+copy of the weights into oneDNN's layout, which costs as much as a product of 16 rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENABLED = True
-ROWS = 32  # that are sampled at a time: a larger batch holds more padding and runs slower
+ROWS = 96  # that are sampled at a time: products of more rows take as long a row, and the cache grows
 TOKENS = 1024  # in a forward pass without gradients: that many keep a CPU busy, and more fall out of its caches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +60,12 @@ def onednn_is_faster() -> bool:
 def _by_onednn(weight: torch.Tensor) -> bool:
     """Whether oneDNN shall multiply by `weight`: frozen fp32 on a CPU where that is faster."""
     return ENABLED and weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad and onednn_is_faster()
+
+
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies by `weight` anyway, so that a copy in its own layout saves it the same copy at every call."""
+    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _by_onednn(weight) or (ENABLED and half and not weight.requires_grad)
 
 
 class _Product(torch.autograd.Function):
@@ -102,7 +109,7 @@ class OneDNNLinear(nn.Linear):
 
 def use_onednn(model: Model) -> Model:
     """Let the linear layers of a model go through `linear`; layers that are trained, or on a GPU, compute as before."""
-    if ENABLED and onednn_is_faster():
+    if ENABLED and torch.backends.mkldnn.is_available():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDNNLinear
@@ -144,7 +151,7 @@ def one_token_at_a_time(model: PreTrainedModel, rows: int) -> Iterator[None]:
 
     Weights are copied into oneDNN's own layout where oneDNN computes: they may change before the block, not inside it.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and _by_onednn(layer.weight)]
+    layers = [layer for layer in model.modules() if isinstance(layer, OneDNNLinear) and _can_be_packed(layer.weight)]
     try:
         for layer in layers:
             layer.pack(layer.weight.data, rows)

@@ -37,9 +37,9 @@ from parts.runs import checkpoints_of as folders_of
 if TYPE_CHECKING:
     from trl.trainer import RunningMoments
 
-    from parts.generation import Decoding
     from parts.ppo_metrics import Moments
     from parts.ppo_trainer import FastPPOTrainer
+    from parts.sampling import Decoding
 
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",

@@ -39,9 +39,9 @@ from trl.trainer import RunningMoments
 from parts.batching import batches_by_length
 from parts.cpu_speed import short_sequences
 from parts.errors import InputError
-from parts.generation import Decoding, check_sampling, end_tokens, ready_to_sample, sample
 from parts.logprobs import TokenLogProbs, WayToLogits
 from parts.rows import QTYPES
+from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, sample
 
 TOKENS_PER_PASS = 2048  # of passes without gradients, which keep no activations
 
@@ -217,7 +217,7 @@ class FastPPOTrainer(PPOTrainer):
         generate_ref_response: bool = False,
         **generation_kwargs,
     ) -> list[torch.Tensor]:
-        """Responses to a list of queries by `generation.sample`; everything that it does not know goes to TRL's own `generate`.
+        """Responses to a list of queries by `sampling.sample`; everything that it does not know goes to TRL's own `generate`.
 
         Args:
             query_tensor: token ids, [time] each.
@@ -243,12 +243,8 @@ class FastPPOTrainer(PPOTrainer):
         draws = torch.rand(len(prompts), decoding.max_new_tokens, dtype=torch.float64)
         policy = self.accelerator.unwrap_model(self.model)
         policy.eval()
-        responses: list[list[int]] = []
         with ready_to_sample(policy.pretrained_model, batch_size):
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                numbers = range(len(prompts))[part]
-                responses += sample(policy.pretrained_model, prompts[part], decoding, draws[part], self.ends, numbers)
+            responses = sample(policy.pretrained_model, prompts, decoding, draws, self.ends, batch_size)
         return [
             torch.tensor(prompt + response if return_prompt else response, device=self.current_device)
             for prompt, response in zip(prompts, responses)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from parts.chat_templates import ChatTemplate
-    from parts.generation import Decoding, HFEngine, VLLMEngine
+    from parts.generation import HFEngine, VLLMEngine
+    from parts.sampling import Decoding
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Job:
     Args:
         files: the files to write, each with a fingerprint of all that its responses depend on.
         prompts: token ids by row.
-        stream: what has draws of its own, as in `generation.draw_key`.
+        stream: what has draws of its own, as in `sampling.draw_key`.
         ends: the tokens at which a response is over.
         num_samples: responses to each prompt.
     """

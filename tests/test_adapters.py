@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from parts.adapters import KINDS, check_adapter, gives_base_back, put_on
 from parts.errors import InputError
-from parts.generation import Decoding, HFEngine
+from parts.generation import HFEngine
 from parts.models import load_tokenizer
 from parts.ppo_setup import lora_targets
+from parts.sampling import Decoding
 
 TARGETS = ["q_proj", "v_proj"]
 PROMPTS = [[5, 6, 7], [9, 10], [20, 21, 22, 23, 24], [30], [40, 41, 42]]

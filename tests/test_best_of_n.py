@@ -17,9 +17,9 @@ from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, 
 from parts.best_of_n_command import sentences
 from parts.errors import run_main
 from parts.files import read_json
-from parts.generation import Decoding, row_draws, sample
 from parts.rows import read_rows
 from parts.samples import Samples, best_rows
+from parts.sampling import Decoding, row_draws, sample
 from reward_model import repetition_penalty
 from train_sft import SFTSettings
 

@@ -9,11 +9,12 @@ from conftest import REPOSITORY, ROWS
 from test_ppo_trainer import make_trainer, rollouts, trained_weights
 
 from parts import cpu_speed
-from parts.generation import Decoding, generate_responses
+from parts.generation import generate_responses
 from parts.gold_models import load_gold_reward_model
 from parts.models import load_tokenizer
 from parts.ppo_trainer import FastPPOTrainer
 from parts.relevance import RelevanceModel
+from parts.sampling import Decoding
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
 MINILM = REPOSITORY / "models" / "all-MiniLM-L6-v2"
@@ -68,10 +69,10 @@ def test_same_results_switched_off(numbers, monkeypatch):
 
 def test_limits_are_for_cpus(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (cpu_speed.most_rows(64, cpu), cpu_speed.most_rows(8, cpu), cpu_speed.most_rows(64, gpu)) == (32, 8, 64)
+    assert (cpu_speed.most_rows(128, cpu), cpu_speed.most_rows(8, cpu), cpu_speed.most_rows(128, gpu)) == (96, 8, 128)
     assert (cpu_speed.most_tokens(16384, cpu), cpu_speed.most_tokens(99, cpu), cpu_speed.most_tokens(16384, gpu)) == (1024, 99, 16384)
     monkeypatch.setattr(cpu_speed, "ENABLED", False)
-    assert (cpu_speed.most_rows(64, cpu), cpu_speed.most_tokens(16384, cpu)) == (64, 16384)
+    assert (cpu_speed.most_rows(128, cpu), cpu_speed.most_tokens(16384, cpu)) == (128, 16384)
 
 
 def test_attention_of_short_sequences_is_the_same(tiny_model):
@@ -86,3 +87,19 @@ def test_attention_of_short_sequences_is_the_same(tiny_model):
         plain = model(ids).logits
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(plain.float(), exact, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 products on this CPU")
+def test_half_precision_is_packed_for_sampling_alone(tiny_model):
+    """A packed weight is the same numbers in another order: the logits are the same within rounding."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    model = cpu_speed.use_onednn(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).requires_grad_(False))
+    layers = [module for module in model.modules() if isinstance(module, cpu_speed.OneDNNLinear)]
+    plain = model(ids).logits
+    with cpu_speed.one_token_at_a_time(model, 8):
+        assert layers and all(layer.packed is not None for layer in layers)
+        torch.testing.assert_close(model(ids).logits, plain, rtol=0.01, atol=1e-3)
+    assert all(layer.packed is None for layer in layers)
+    assert torch.equal(model(ids).logits, plain)

@@ -17,9 +17,10 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import logprobs_from_logits
 
 from parts.errors import InputError
-from parts.generation import Decoding, check_sampling, generate_responses
+from parts.generation import generate_responses
 from parts.logprobs import TokenLogProbs, WayToLogits
 from parts.ppo_trainer import FastPPOTrainer
+from parts.sampling import Decoding, check_sampling
 
 VOCABULARY = 300
 # What each configuration class calls its sizes; each takes the names that it has.

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from parts.chat_templates import ChatTemplate, encode_instructions, encode_prompts, load_template
 from parts.errors import InputError
 from parts.files import read_json
-from parts.generation import Decoding, end_tokens, generate_responses
+from parts.generation import generate_responses
 from parts.models import load_causal_lm, load_tokenizer, read_facts
+from parts.sampling import Decoding, end_tokens
 
 PPO = ["--chat_template_name=tokenizer", "--overall_steps=1", "--save_freq=1", "--batch_size=4", "--mini_batch_size=2", "--ppo_epochs=1",
        "--gradient_accumulation_steps=1", "--log_with=none", "--relevance_scaling=false", "--reward_branching=false"]  # fmt: skip

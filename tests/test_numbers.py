@@ -12,10 +12,10 @@ import torch
 from conftest import run_script
 
 from parts.errors import InputError
-from parts.generation import Decoding
 from parts.preferences import read_pairs
 from parts.rewards import FunctionReward, filled, load_functions, load_reward_function
 from parts.runs import Checkpoint, read_kl
+from parts.sampling import Decoding
 from reward_model import RewardSettings, proxy_of_run
 
 # ------------------------------------------------------------------------------------------------------------- equal rewards

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from parts.chat_templates import ChatTemplate, encode_prompts, load_template
-from parts.generation import Decoding, draw_key, generate_responses, ready_to_sample, row_draws, row_seed, sample
+from parts.generation import generate_responses
 from parts.models import load_tokenizer
 from parts.ppo_data import Prompt, batches, cut_at_stop_string
 from parts.ppo_metrics import require_finite_step
+from parts.sampling import Decoding, draw_key, ready_to_sample, row_draws, row_seed, sample
 
 PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
 
@@ -118,6 +119,48 @@ def test_rows_that_end_leave_the_batch(policy):
     assert sample(policy, prompts, Decoding(24), draws, ends={eos}) == expected
     handle.remove()
     assert sizes[0] == 16 and sizes[-1] < 16 and sizes == sorted(sizes, reverse=True)
+
+
+def test_others_take_the_places_of_rows_that_have_ended(policy):
+    """Prompts of many lengths, three at a time: each as if it had been alone, said as soon as it is over, and the batch stays full."""
+    prompts = [[20 + number] * (1 + number % 6) for number in range(12)]
+    draws = row_draws(7, range(12), 24)
+    alone = [sample(policy, [prompt], Decoding(24), draws[row : row + 1], ends=())[0] for row, prompt in enumerate(prompts)]
+    ends = {alone[3][5], alone[8][2], alone[0][7]}
+    over = [next((place + 1 for place, token in enumerate(response) if token in ends), 24) for response in alone]
+    assert len(set(over)) > 4
+    sizes, told = [], []
+    handle = policy.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    found = sample(policy, prompts, Decoding(24), draws, ends, at_a_time=3, finished=lambda place, response: told.append((place, response)))
+    handle.remove()
+    assert found == [response[:length] for response, length in zip(alone, over)]
+    assert sorted(told) == list(enumerate(found)) and [place for place, _ in told] != sorted(range(12))
+    steps = [rows for rows, tokens in sizes if tokens == 1]
+    assert max(steps) == 3 and len(steps) < sum(over) / 2
+
+
+def test_the_same_prompt_is_read_once(policy):
+    prompts, draws = [[5, 6, 7, 8]] * 6 + [[9, 10, 11, 12]] * 2, row_draws(7, range(8), 5)
+    alone = [sample(policy, [prompt], Decoding(5), draws[row : row + 1], ends=())[0] for row, prompt in enumerate(prompts)]
+    sizes = []
+    handle = policy.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    assert sample(policy, prompts, Decoding(5), draws, ends=()) == alone
+    handle.remove()
+    assert sizes == [2, 8, 8, 8, 8]
+
+
+def test_no_row_grows_beyond_the_models_positions():
+    """GPT-2 has a weight a position: a row that is over, and whose place nobody takes yet, must not ask for one more."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=12, n_embd=8, n_layer=1, n_head=2)).eval()
+    prompts = [[3, 4, 5, 6]] + [[7]] * 30
+    draws = row_draws(7, range(31), 8)
+    alone = [sample(model, [prompt], Decoding(8), draws[row : row + 1], ends=())[0] for row, prompt in enumerate(prompts)]
+    ends = {alone[1][0]}
+    expected = [response[: response.index(alone[1][0]) + 1] if alone[1][0] in response else response for response in alone]
+    assert sample(model, prompts, Decoding(8), draws, ends, at_a_time=16) == expected
 
 
 def test_draws_follow_the_distribution():

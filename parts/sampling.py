@@ -1,0 +1,411 @@
+"""Batched sampling with a causal LM: what draws responses for PPO, for `evaluation.py` and for annotations.
+
+    with ready_to_sample(model, 32):
+        responses = sample(model, prompts, Decoding(96), row_draws(seed, rows, 96), end_tokens(tokenizer, model.generation_config), 32)
+
+A response depends on its prompt and its draws, not on the batch around it: rows that end leave, and others take their places.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from parts.adapters import is_plain
+from parts.batching import pad
+from parts.cpu_speed import one_token_at_a_time
+from parts.errors import InputError
+
+SPARE = 64  # tokens that a cache grows by, where it is full
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+
+    from parts.chat_templates import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn. `top_k` 0 means no limit; a temperature of 0 means greedy decoding."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that the same flag would not take."""
+        for name, whole, allowed, expected in (
+            ("max_new_tokens", True, lambda value: value >= 1, "a whole number, at least 1"),
+            ("temperature", False, lambda value: 0 <= value < math.inf, "a number, at least 0"),
+            ("top_p", False, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+            ("top_k", True, lambda value: value >= 0, "a whole number, at least 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not allowed(value):
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+    def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, [rows], from its logits [rows, vocabulary] and one number in [0, 1) a row.
+
+        The number is looked up in the cumulative distribution: one draw a row, where sampling by exponentials takes one a token.
+        """
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            logits = TopKLogitsWarper(self.top_k)(None, logits)
+        if self.top_p < 1:
+            logits = TopPLogitsWarper(self.top_p)(None, logits)
+        cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
+        target = draws.to(cumulative)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def draw_key(seed: int, stream: str, row: int, sample: int = 0) -> np.ndarray:
+    """The key of a sample's draws, for NumPy's Philox: two unsigned 64-bit integers.
+
+    They are [CRC-32 of the stream's name, seed] and [sample, row], 32 bits each; no stream's name counts as 0.
+
+    Args:
+        seed: 0 to 2**32 - 1.
+        stream: what has draws of its own, a checkpoint's name for example; empty: the draws that all have in common.
+        row: of the prompt, 0 to 2**32 - 1.
+        sample: which of the prompt's samples.
+    """
+    # Python integers of 2**63 and more would become floats, which lose the seed.
+    return np.array([zlib.crc32(stream.encode()) << 32 | seed, sample << 32 | row], dtype=np.uint64)
+
+
+def row_draws(seed: int, rows: Sequence[int], max_new_tokens: int, stream: str = "", sample: int | Sequence[int] = 0) -> torch.Tensor:
+    """[rows, max_new_tokens] numbers in [0, 1). Each row's depend on its number and on seed, stream and sample (`draw_key`) alone.
+
+    `sample` is one number for all rows, or one each.
+    """
+    keys = zip(rows, np.broadcast_to(sample, len(rows)).tolist())
+    generators = [np.random.Generator(np.random.Philox(key=draw_key(seed, stream, row, number))) for row, number in keys]
+    return torch.tensor(np.array([generator.random(max_new_tokens) for generator in generators]).reshape(len(rows), max_new_tokens))
+
+
+def row_seed(seed: int, stream: str, row: int, sample: int = 0) -> int:
+    """One number of 63 bits in place of a row's draws, for an engine that draws by itself from a seed."""
+    return int(np.random.Philox(key=draw_key(seed, stream, row, sample)).random_raw()) >> 1
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, template: ChatTemplate | None = None
+) -> frozenset[int]:
+    """The tokens at which a response is over: the tokenizer's own, the model's, and stop strings that are special tokens.
+
+    Args:
+        generation: the model's generation settings, whose `eos_token_id` is one or a list.
+        template: its stop strings that are special tokens would never be found in a text, which leaves special tokens out.
+    """
+    named = getattr(generation, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])}
+    if template is not None:
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        ends |= {special.get(stop) for stop in template.stop_strings} - {tokenizer.unk_token_id}
+    return frozenset(ends - {None})
+
+
+# --------------------------------------------------------------------------------------------------------------- batches
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; slots can be filled anew."""
+
+    room: tuple[torch.Tensor, torch.Tensor]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+        end = start + key_states.shape[-2]
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.room = (key_states[..., :0, :], value_states[..., :0, :])
+        if end > self.room[0].shape[-2]:
+            larger = tuple(room.new_empty(*room.shape[:-2], end + SPARE, room.shape[-1]) for room in self.room)
+            for new, old in zip(larger, self.room):
+                new[..., :start, :] = old[..., :start, :]
+            self.room = larger
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., start:end, :] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def _show(self, end: int) -> None:
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+
+    def reorder_cache(self, indices: torch.Tensor) -> None:
+        end = self.keys.shape[-2]
+        self.room = tuple(room[indices] for room in self.room)
+        self._show(end)
+
+    def put(self, slots: Sequence[int], other: _RoomyLayer) -> None:
+        """The rows of `other` in place of those in `slots`, on the right."""
+        end = self.keys.shape[-2]
+        for room, states in zip(self.room, (other.keys, other.values)):
+            room[slots, :, end - states.shape[-2] : end] = states
+
+    def trim(self, unused: int) -> None:
+        """Forget the first `unused` tokens."""
+        end = self.keys.shape[-2] - unused
+        self.room = tuple(room[..., unused:, :] for room in self.room)
+        self._show(end)
+
+
+def _roomy_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache. Layers that keep all keys and values, and nothing else, are roomy ones."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _Batch:
+    """What a model has read of several rows. They end together: tokens are padded on the left.
+
+    Args:
+        prompts: token ids, at least one each.
+    """
+
+    logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self.takes = model, _forward_arguments(model)
+        self.device = next(model.parameters()).device
+        self.cache = _roomy_cache(model)
+        self.recurrent = keeps_states(self.cache)
+        different = list(dict.fromkeys(map(tuple, prompts)))  # the same prompt is read once
+        ids, self.mask = pad(different, different[0][0], "left", self.device)
+        self._read(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+        if len(different) < len(prompts):
+            number = {prompt: place for place, prompt in enumerate(different)}
+            self.keep([number[tuple(prompt)] for prompt in prompts])
+
+    @property
+    def can_refill(self) -> bool:
+        """Whether rows can take the places of others: only where all that is kept of a row is keys and values of all its tokens."""
+        return all(isinstance(layer, _RoomyLayer) for layer in self.cache.layers)
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions, "logits_to_keep": 1}
+        given |= {} if self.recurrent else {"attention_mask": self.mask}
+        output = self.model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in self.takes})
+        self.logits, self.positions = output.logits[:, -1], positions[:, -1:] + 1
+
+    def read(self, tokens: torch.Tensor) -> None:
+        """One more token of each row, [rows]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self._read(tokens[:, None], self.positions)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """These rows alone, in this order; one may come twice."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache.reorder_cache(index)
+        self.mask, self.positions, self.logits = self.mask[index], self.positions[index], self.logits[index]
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Let the rows in `slots` go on as new ones, so that none grows beyond the positions that the model has."""
+        self.mask[slots, :-1], self.positions[slots] = 0, 0
+
+    def refill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
+        others = _Batch(self.model, prompts)
+        width = self.mask.shape[1] - others.mask.shape[1]
+        self.mask[slots, :width], self.mask[slots, width:], self.positions[slots] = 0, others.mask, others.positions
+        unused = int(self.mask.any(dim=0).int().argmax())
+        self.mask = self.mask[:, unused:]
+        for layer, other in zip(self.cache.layers, others.cache.layers):
+            layer.put(slots, other)
+            layer.trim(unused)
+        return others.logits
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer keeps a state that reads on, in which padding would count, and not keys and values alone."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    draws: torch.Tensor,
+    ends: Collection[int],
+    at_a_time: int = 0,
+    rows: Sequence[int] | None = None,
+    finished: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """One response to each prompt. The longest prompts come first; rows that have ended leave, and others take their places.
+
+    A model whose layers keep more than all keys and values finishes a batch before the next; where they keep states, its prompts are of one
+    length.
+
+    Args:
+        model: a causal LM in eval mode.
+        prompts: token ids, at least one each.
+        draws: [prompts, max_new_tokens] numbers in [0, 1), one for each token that may be drawn.
+        ends: the tokens at which a response is over.
+        at_a_time: most rows in a batch; 0 means all of them.
+        rows: the prompts' numbers in messages, from 0.
+        finished: called with each prompt's place and response as soon as it is over.
+
+    Returns:
+        Token ids of each response, up to and with the first of `ends`.
+
+    Raises:
+        FloatingPointError: the logits of a row are not finite.
+    """
+    names = range(len(prompts)) if rows is None else rows
+    waiting = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), *prompts[place]))  # the same prompts side by side
+    responses: list[list[int]] = [[] for _ in prompts]
+    recurrent = keeps_states(_roomy_cache(model))
+
+    def enter(most: int) -> list[int]:
+        length = len(prompts[waiting[0]])
+        entering = [place for place in waiting[:most] if not recurrent or len(prompts[place]) == length]
+        del waiting[: len(entering)]
+        return entering
+
+    def choose(places: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each place, [places]; -1 stands for a row that is over."""
+        some = [max(place, 0) for place in places]
+        steps = [len(responses[place]) % decoding.max_new_tokens for place in some]
+        chosen = decoding.choose(logits, draws[some, steps])
+        for place, token, largest in zip(places, chosen.tolist(), logits.amax(dim=-1).tolist()):
+            if place >= 0:
+                if not math.isfinite(largest):
+                    number = len(responses[place]) + 1
+                    raise FloatingPointError(f"row {names[place] + 1}: the logits of token {number} are {largest}, expected numbers")
+                responses[place].append(token)
+        return chosen
+
+    def still(places: Sequence[int]) -> list[int]:
+        """The places, -1 for those whose responses are over now."""
+        left = []
+        for place in places:
+            over = place >= 0 and (responses[place][-1] in ends or len(responses[place]) == decoding.max_new_tokens)
+            if over and finished is not None:
+                finished(place, responses[place])
+            left.append(-1 if over else place)
+        return left
+
+    while waiting:
+        places = enter(at_a_time or len(waiting))
+        batch = _Batch(model, [prompts[place] for place in places])
+        tokens = choose(places, batch.logits)
+        places = still(places)
+        while any(place >= 0 for place in places):
+            ended = [slot for slot, place in enumerate(places) if place < 0]
+            if len(ended) * 8 >= len(places):  # a few at a time: reading a prompt, or moving the others, costs as much for one row
+                if waiting and batch.can_refill:
+                    entering = enter(len(ended))
+                    slots = ended[: len(entering)]
+                    tokens[slots] = choose(entering, batch.refill(slots, [prompts[place] for place in entering]))
+                    for slot, place in zip(slots, still(entering)):
+                        places[slot] = place
+                    continue
+                stay = [slot for slot, place in enumerate(places) if place >= 0]
+                batch.keep(stay)
+                tokens, places = tokens[stay], [places[slot] for slot in stay]
+            elif ended:
+                batch.forget(ended)
+            batch.read(tokens)
+            tokens = choose(places, batch.logits)
+            places = still(places)
+    return responses
+
+
+def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
+    """The names that a model's forward pass takes, PEFT's wrapper aside."""
+    return inspect.signature(_base_of(model).forward).parameters
+
+
+def _base_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def check_sampling(model: PreTrainedModel) -> None:
+    """Compare what `sample` computes, with padding, cache and rows that leave and enter, with the model's own pass over each row alone.
+
+    Raises:
+        InputError: the distributions of the next token differ by more than rounding, or the model cannot be sampled this way.
+    """
+    first = torch.randint(model.get_input_embeddings().weight.shape[0], (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:21], first[21:22] * 3, first[22:24] * 2, first[18:21]]
+    seen: list[torch.Tensor] = []
+
+    class Forced(Decoding):
+        """Tokens that are given beforehand in place of draws."""
+
+        def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            seen.extend(zip(draws.tolist(), logits.float().softmax(dim=-1)))
+            return tokens[draws.long()].to(logits.device)
+
+    steps = 3
+    tokens = torch.tensor([row[:steps] for row in forced]).flatten()
+    places = torch.arange(len(tokens)).reshape(len(prompts), steps)
+    name = model.config.name_or_path or type(_base_of(model)).__name__
+    try:
+        own = {}
+        for row, (prompt, answer) in enumerate(zip(prompts, forced)):
+            ids = torch.tensor([prompt + answer[: steps - 1]], device=next(model.parameters()).device)
+            own |= dict(zip(places[row].tolist(), model(input_ids=ids, use_cache=False).logits[0, -steps:].float().softmax(dim=-1)))
+        with ready_to_sample(model, len(prompts)):
+            sample(model, prompts, Forced(steps), places, {forced[1][0]}, at_a_time=3)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise InputError(f"{name}: cannot be sampled with a cache ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    difference = max((own[place] - found).abs().sum().item() / 2 for place, found in seen)
+    if not difference <= (3e-4 if next(model.parameters()).dtype == torch.float32 else 0.2):
+        raise InputError(
+            f"{name}: sampling with a cache gives other probabilities than the model's own pass (by {difference:.2g}), expected a model that samples alike"
+        )
+
+
+@contextmanager
+def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
+    """While the block runs, the model is in the form in which a token costs least.
+
+    LoRA is added to copies of the weights. The weights themselves come back untouched (adding and subtracting would round them a little
+    further each time). Only where they are fp32: in half precision the sum would round a small adapter away. The output head gets its
+    input contiguous. An adapter that is more than LoRA's two matrices stays as PEFT has it.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+
+    if not all(is_plain(config.to_dict()) for config in getattr(model, "peft_config", {}).values()):
+        yield  # what is more than two matrices may sit on any weight, or on one twice
+        return
+    lora = [layer for layer in model.modules() if isinstance(layer, LoraLinear) and not layer.disable_adapters]
+    lora = [layer for layer in lora if layer.get_base_layer().weight.dtype == torch.float32]
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    lora = [layer for layer in lora if holders[id(layer.get_base_layer().weight)] == 1]  # others would get the sum too
+    weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
+    # The last position alone is a slice, for which PyTorch's linear copies the head's weights once a row.
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        with torch.no_grad():
+            for layer in lora:
+                base = layer.get_base_layer()
+                base.weight.data = base.weight.data + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                layer._disable_adapters = True
+        with one_token_at_a_time(model, batch_size):
+            yield
+    finally:
+        contiguous.remove()
+        for layer in lora:
+            layer._disable_adapters = False
+        for base, weight in weights.items():
+            base.weight.data = weight
