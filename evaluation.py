@@ -273,66 +273,61 @@ def load_engine(
     return HFEngine(settings.base_model_name, tokenizer, own, settings.batch_size, settings.cache_dir or None, settings.dtype)
 
 
-def write_rollouts(
-    job: Job,
-    settings: EvaluationSettings,
-    responses: Sequence[list[int]],
-    data: Sequence[dict],
-    instances: Sequence[Instance],
-    engine: HFEngine | VLLMEngine,
-) -> None:
-    """Write a job's files, each with the record of how it was made, print where they are, and remove the partial folder."""
-    for file, fingerprint in job.files.items():
-        # The AlpacaEval file beside one of several samples holds the first of each row.
-        own = responses if file == job.target else responses[: len(job.prompts)]
-        write_file(file, fingerprint, job, settings, own, data, instances, engine)
-    shutil.rmtree(partial_path(job.target), ignore_errors=True)
+@dataclass(frozen=True)
+class Writer:
+    """Writes the files of finished jobs, each with the record of how it was made.
 
+    Args:
+        data, instances: the rows of the two evaluations.
+    """
 
-def write_file(
-    file: Path,
-    fingerprint: str,
-    job: Job,
-    settings: EvaluationSettings,
-    responses: Sequence[list[int]],
-    data: Sequence[dict],
-    instances: Sequence[Instance],
-    engine: HFEngine | VLLMEngine,
-) -> None:
-    """Write one of a job's files and its record."""
-    texts = engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    finished = [response[-1] in job.ends for response in responses]
-    record = provenance(
-        seed=settings.seed,
-        common_draws=settings.common_draws,
-        dtype=engine.dtype,
-        model=settings.base_model_name,
-        adapter=job.checkpoint.adapter,
-        engine=engine.name,
-        template=job.template.name,
-        decoding=asdict(job.decoding),
-        data_path=settings.data_path if job.evaluation == "alpaca" else settings.superni_dir,
-        rows=len(job.prompts),
-        samples=len(responses) // len(job.prompts),
-        eos_rate=statistics.fmean(finished),
-        response_tokens=statistics.fmean(map(len, responses)),
-        fingerprint=fingerprint,
-        settings=asdict(settings),
-    )
-    if job.evaluation == "alpaca":
-        several = len(responses) > len(data)
-        rows = sample_rows(data, texts, finished, job.checkpoint.name) if several else alpaca_rows(data, texts, job.checkpoint.name)
-    else:
-        from parts.superni import describe_superni, summarise, superni_rows
+    settings: EvaluationSettings
+    engine: HFEngine | VLLMEngine
+    data: Sequence[dict]
+    instances: Sequence[Instance]
 
-        rows = superni_rows(instances, [text.strip() for text in texts])
-        record["summary"] = summarise(instances, rows)
-        print(describe_superni(record["summary"]))
-    file.unlink(missing_ok=True)  # never stands beside a record of others
-    write_json(meta_path(file), record)
-    write = write_json_lines if file.suffix == ".jsonl" else write_json
-    write(file, rows)
-    print(file)
+    def write(self, job: Job, responses: Sequence[list[int]]) -> None:
+        """Write a job's files, print where they are, and remove the partial folder."""
+        for file in job.files:
+            # The AlpacaEval file beside one of several samples holds the first of each row.
+            self.write_file(file, job, responses if file == job.target else responses[: len(job.prompts)])
+        shutil.rmtree(partial_path(job.target), ignore_errors=True)
+
+    def write_file(self, file: Path, job: Job, responses: Sequence[list[int]]) -> None:
+        settings, name = self.settings, job.checkpoint.name
+        texts = self.engine.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        finished = [response[-1] in job.ends for response in responses]
+        record = provenance(
+            seed=settings.seed,
+            common_draws=settings.common_draws,
+            dtype=self.engine.dtype,
+            model=settings.base_model_name,
+            adapter=job.checkpoint.adapter,
+            engine=self.engine.name,
+            template=job.template.name,
+            decoding=asdict(job.decoding),
+            data_path=settings.data_path if job.evaluation == "alpaca" else settings.superni_dir,
+            rows=len(job.prompts),
+            samples=len(responses) // len(job.prompts),
+            eos_rate=statistics.fmean(finished),
+            response_tokens=statistics.fmean(map(len, responses)),
+            fingerprint=job.files[file],
+            settings=asdict(settings),
+        )
+        if job.evaluation == "alpaca":
+            several = len(responses) > len(self.data)
+            rows = sample_rows(self.data, texts, finished, name) if several else alpaca_rows(self.data, texts, name)
+        else:
+            from parts.superni import describe_superni, summarise, superni_rows
+
+            rows = superni_rows(self.instances, [text.strip() for text in texts])
+            record["summary"] = summarise(self.instances, rows)
+            print(describe_superni(record["summary"]))
+        file.unlink(missing_ok=True)  # never stands beside a record of others
+        write_json(meta_path(file), record)
+        write = write_json_lines if file.suffix == ".jsonl" else write_json
+        write(file, rows)
+        print(file)
 
 
 # --------------------------------------------------------------------------------------------------------------- baseline
@@ -421,10 +416,11 @@ def main() -> None:
     processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files
     if waiting:
         engine = load_engine(settings, tokenizer, waiting, device, processes)
+        writer = Writer(settings, engine, data, instances)
         for job in waiting:
             responses = generate_all(job, engine, settings.seed, processes)
             if responses is not None:
-                write_rollouts(job, settings, responses, data, instances, engine)
+                writer.write(job, responses)
 
     # 4. The comparison with another model's outputs, of finished rollouts too.
     if baseline is not None and processes.is_main_process:

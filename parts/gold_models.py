@@ -8,7 +8,6 @@ gold.get_reward({"query": [...], "response": [...]})    # -> list of floats
 from __future__ import annotations
 
 import functools
-import hashlib
 import statistics
 import sys
 from abc import ABC, abstractmethod
@@ -27,9 +26,8 @@ from parts.batching import batches_by_length, pad
 from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, own_source
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
-from parts.files import file_digest
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
-from parts.models import MOST_DIGESTED, adapter_base, loading
+from parts.models import adapter_base, loading, model_identity
 from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
@@ -97,8 +95,8 @@ class _GoldRewardModel(ABC):
         """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
         names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
         return {
-            "gold": "" if Path(self.name).is_dir() else self.name,  # a folder is its weights, however it is spelled
-            "weights": weights_digest(self.name, self.model),
+            "gold": model_identity(self.name),
+            "commit": getattr(self.model.config, "_commit_hash", None),  # of a model from a hub, or of an adapter's base from there
             "dtype": self.dtype,
             "max_length": self.max_length,
             **{name: getattr(self.settings, name) for name in sorted(names)},
@@ -144,24 +142,6 @@ class _GoldRewardModel(ABC):
     @abstractmethod
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
         """[rows, time] ids, mask and types, padded on the right, to [rows] scores."""
-
-
-def weights_digest(name_or_path: str, model: PreTrainedModel | None) -> str:
-    """What tells one set of weights from another: a hub model's commit, a folder's files (an adapter's and its base's).
-
-    The commit is the loaded model's; without `model` it is not known.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return str(getattr(getattr(model, "config", None), "_commit_hash", None))
-    files = sorted(path for pattern in ("*.safetensors", "*config.json") for path in folder.glob(pattern))
-    known = []
-    for path in files:
-        size = path.stat().st_size
-        known.append(f"{path.name} {file_digest(path) if size <= MOST_DIGESTED else (size, path.stat().st_mtime_ns)}")
-    if (folder / "adapter_config.json").is_file():
-        known.append(weights_digest(adapter_base(folder), model))
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 class StarlingRMForInference(_GoldRewardModel):

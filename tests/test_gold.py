@@ -19,8 +19,8 @@ from parts.gold_models import (
     StarlingRMForInference,
     encode_conversation,
     load_gold_reward_model,
-    weights_digest,
 )
+from parts.models import model_identity
 from parts.preferences import (
     CUT,
     DAMAGES,
@@ -166,15 +166,15 @@ def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
     import shutil
 
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
-    assert gold.facts == {"gold": "", "weights": gold.facts["weights"], "dtype": "float32", "max_length": 512,
+    assert gold.facts == {"gold": model_identity(str(tiny_gold)), "commit": None, "dtype": "float32", "max_length": 512,
                           "load_in_8bit": False, "load_in_4bit": False, "human_assistant_prefix": False}  # fmt: skip
     settings = GoldSettings(gold_dtype="float32", gold_batch_tokens=60)
     assert load_gold_reward_model(str(tiny_gold), device="cpu", settings=settings).facts == gold.facts  # these are a matter of speed
     copy = tmp_path / "copy"
     shutil.copytree(tiny_gold, copy)
-    assert weights_digest(str(copy), gold.model) == gold.facts["weights"]
+    assert load_gold_reward_model(str(copy), device="cpu").facts == gold.facts
     (copy / "config.json").write_text((copy / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
-    assert weights_digest(str(copy), gold.model) != gold.facts["weights"]
+    assert load_gold_reward_model(str(copy), device="cpu").facts != gold.facts
 
 
 def test_unusable_gold_settings(monkeypatch):
