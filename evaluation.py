@@ -36,7 +36,7 @@ from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
 from parts.files import digest, file_digest, read_text, write_json, write_json_lines
 from parts.locks import hold
-from parts.models import check_device, check_model_name, model_identity
+from parts.models import check_device, check_model_name, check_vllm, model_identity
 from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
 from parts.runs import BaseModel, Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, samples_path, superni_path
@@ -46,10 +46,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from parts.chat_templates import ChatTemplate
-    from parts.generation import HFEngine, VLLMEngine
+    from parts.generation import HFEngine
     from parts.models import ModelFacts
     from parts.sampling import Decoding
     from parts.superni import Instance
+    from parts.vllm_engines import VLLMEngine
     from reward_model import RewardSettings
 
 EVALUATIONS = ("alpaca", "superni")
@@ -263,7 +264,8 @@ def load_engine(
     settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, jobs: Sequence[Job], device: str, processes: PartialState
 ) -> HFEngine | VLLMEngine:
     """What generates: the base model, ready for the adapters of the jobs."""
-    from parts.generation import HFEngine, VLLMEngine
+    from parts.generation import HFEngine
+    from parts.vllm_engines import VLLMEngine
 
     if settings.engine == "vllm":
         longest = 2048 + max(job.decoding.max_new_tokens for job in jobs)
@@ -391,6 +393,8 @@ def main() -> None:
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
     check_model_name(settings.base_model_name)
+    if settings.engine == "vllm":
+        check_vllm("--engine vllm")
     check_device(settings.device)
 
     # 2. What there is to do: a file that is there already is either what this call would make, or in its way.

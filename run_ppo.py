@@ -32,13 +32,14 @@ from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import check_writable, clear_leftovers, write_json
 from parts.locks import hold
-from parts.models import check_model_name, check_tokenizer_name, load_tokenizer, read_facts
+from parts.models import check_model_name, check_tokenizer_name, check_vllm, load_tokenizer, read_facts
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
     MetricsLog,
     Moments,
     describe,
     development_metrics,
+    engine_metrics,
     length_columns,
     moments,
     require_finite_step,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from parts.ppo_state import Start
     from parts.ppo_trainer import FastPPOTrainer
     from parts.sampling import Decoding
+    from parts.vllm_engines import PolicyEngine
 
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -96,6 +98,10 @@ class PPOSettings(RewardSettings):
         "error", "what to do with longer ones: 'error' or 'drop'", choices=("error", "drop"), expected="'error' or 'drop'"
     )
     output_max_length: int = setting(512, "longest response in tokens; the reward's max_len", least=1)
+    rollout_engine: str = setting(
+        "hf", "what draws the rollouts of a step: hf, the policy itself, or vllm, beside it, on each GPU", choices=("hf", "vllm")
+    )
+    vllm_gpu_memory_utilization: float = setting(0.3, "share of a GPU's memory for the vLLM engine", above=0, most=1)
     rollout_postprocessing: bool = setting(True, "cut a rollout's tokens at the template's first stop string before the PPO step")
 
     batch_size: int = setting(16, "prompts per step and process", least=1, group=("PPO", ""))
@@ -185,6 +191,33 @@ def evaluate(
     return rows, moments(columns, [row["qtype"] for row in rows])
 
 
+def load_engine(settings: PPOSettings, trainer: FastPPOTrainer) -> PolicyEngine | None:
+    """The engine that draws a step's rollouts, where it is not the policy itself."""
+    if settings.rollout_engine == "hf":
+        return None
+    from parts.vllm_engines import PolicyEngine
+
+    dtype = str(next(trainer.accelerator.unwrap_model(trainer.model).pretrained_model.parameters()).dtype).removeprefix("torch.")
+    length = settings.max_prompt_length + settings.output_max_length
+    place = str(trainer.accelerator.device)
+    return PolicyEngine(settings.model_name, dtype, length, settings.lora_r, settings.vllm_gpu_memory_utilization, place, settings.seed)
+
+
+def draw(
+    trainer: FastPPOTrainer, engine: PolicyEngine | None, prompts: list[Prompt], decoding: Decoding
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Responses to prompts, token ids each, and the log-probabilities that an engine beside the policy drew them with."""
+    import torch
+
+    if engine is None:
+        queries = [torch.tensor(prompt.tokens) for prompt in prompts]
+        drawn = trainer.generate(queries, batch_size=len(queries), return_prompt=False, do_sample=True, **asdict(decoding))
+        return [response.tolist() for response in drawn], None
+    policy = trainer.accelerator.unwrap_model(trainer.model).pretrained_model
+    seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    return engine.generate(policy, [prompt.tokens for prompt in prompts], decoding, seeds, trainer.ends)
+
+
 def start_or_resume(
     begin: Start, trainer: FastPPOTrainer, reward, dev_prompts: list[Prompt], settings: PPOSettings, decoding: Decoding, log: MetricsLog
 ) -> Moments:
@@ -231,6 +264,8 @@ def main() -> None:
     check_model_name(settings.model_name)
     check_tokenizer_name(settings.tokenizer_name or settings.model_name)
     settings.check_reward()
+    if settings.rollout_engine == "vllm":
+        check_vllm("--rollout_engine vllm")
 
     # 2. Data.
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
@@ -253,6 +288,7 @@ def main() -> None:
     trainer = make_trainer(settings, tokenizer)
     trainer.ends = end_tokens(tokenizer, facts.generation, template)
     accelerator = trainer.accelerator
+    engine = load_engine(settings, trainer)
     reward = settings.load_reward(template, settings.output_max_length, str(accelerator.device), settings.cache_dir or None)
     set_seed(settings.seed, device_specific=True)  # from here on every rank draws other numbers
     if settings.is_proxy:
@@ -271,9 +307,7 @@ def main() -> None:
     data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
     for step, batch in zip(range(begin.step + 1, settings.overall_steps + 1), itertools.islice(data, begin.step, None)):
         # 5. Rollouts.
-        queries = [torch.tensor(prompt.tokens) for prompt in batch]
-        generated = trainer.generate(queries, batch_size=settings.batch_size, return_prompt=False, do_sample=True, **asdict(decoding))
-        responses = [response.tolist() for response in generated]
+        responses, drawn_with = draw(trainer, engine, batch, decoding)
         ended = [response[-1] in trainer.ends for response in responses]
         if settings.rollout_postprocessing:
             responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
@@ -286,7 +320,7 @@ def main() -> None:
         # 7. The PPO step, TRL's own.
         qtypes = [prompt.qtype for prompt in batch]
         stats = trainer.step(
-            queries,
+            [torch.tensor(prompt.tokens) for prompt in batch],
             [torch.tensor(response) for response in responses],
             [torch.tensor(reward) for reward in rewards],
             qtypes=qtypes if settings.score_norm_by_qtype else None,
@@ -303,6 +337,8 @@ def main() -> None:
         dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, decoding) if scheduled else (None, {})
         dev_means = development_metrics(dev_moments)
         stats |= {**means, **dev_means}
+        if drawn_with:
+            stats |= engine_metrics(stats["objective/logprobs"], drawn_with, [len(response) for response in responses])
         trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
         accelerator.on_main_process(log.append)(step, stats)
         bar.update()

@@ -42,7 +42,8 @@ floor 5, made of these
     rewards           what any reward takes and gives; a user's function, a learned model
     ppo_data          PPO's prompts in batches
     ppo_trainer       TRL's PPOTrainer, faster
-    generation        prompts in, responses out: rollouts by transformers or by vLLM
+    generation        prompts in, responses out: rollouts by transformers
+    vllm_engines      the same by vLLM, and rollouts of a policy in training
     sft_data          rows for supervised fine-tuning
     qtype_classifier  query types told by a model
 floor 6, the largest

@@ -1,10 +1,9 @@
-"""Prompts in, responses out: rollouts of a model, or of adapters on it, by transformers or by vLLM."""
+"""Prompts in, responses out: rollouts of a model, or of adapters on it, by transformers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +12,8 @@ from transformers import PreTrainedModel
 
 from parts.adapters import gives_base_back, put_on
 from parts.cpu_speed import most_rows, use_onednn
-from parts.errors import InputError
-from parts.files import read_json
-from parts.models import load_causal_lm, loading
-from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, row_draws, row_seed, sample
+from parts.models import load_causal_lm
+from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, row_draws, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,70 +137,3 @@ class HFEngine:
             generate_responses(model, self.tokenizer, prompts, *how)
         finally:
             self._model = model.unload() if plain else None
-
-
-class VLLMEngine:
-    """Rollouts of adapters on one base model by vLLM (`requirements/vllm.txt`): one engine, one LoRA per checkpoint.
-
-    On a GPU a sample depends on seed and row here too, though vLLM draws it otherwise than `HFEngine` does. Its CPU build has no draws by
-    row: there a whole call repeats, and a resumed one need not.
-    """
-
-    name = "vllm"
-
-    def __init__(self, base: str, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str], max_length: int, dtype: str = "") -> None:
-        from transformers import AutoConfig
-
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise InputError(f"--engine vllm: {error}; expected an environment made with requirements/vllm.txt") from None
-        ranks = [read_json(Path(adapter) / "adapter_config.json")["r"] for adapter in adapters]
-        rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks, default=0))
-        with loading(base, "a model for vLLM"):
-            positions = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "max_position_embeddings", max_length)
-            length = min(max_length, positions)
-            self.engine = LLM(model=base, dtype=dtype or "auto", enable_lora=bool(ranks), max_lora_rank=rank, max_model_len=length)
-        self.tokenizer = tokenizer
-        self.numbers = {adapter: number for number, adapter in enumerate(adapters, start=1)}
-
-    @property
-    def dtype(self) -> str:
-        return str(self.engine.llm_engine.model_config.dtype).removeprefix("torch.")
-
-    def generate(
-        self,
-        adapter: str | None,
-        prompts: Sequence[Sequence[int]],
-        decoding: Decoding,
-        seed: int,
-        rows: Sequence[int],
-        finished: Callable[[int, list[int]], None],
-        description: str | None = None,
-        stream: str = "",
-        samples: Sequence[int] | None = None,
-        ends: Collection[int] | None = None,
-    ) -> None:
-        """As `HFEngine.generate`; vLLM batches by itself and shows its own progress bar."""
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-        from vllm.platforms import current_platform
-
-        request = None
-        if adapter is not None:
-            request = LoRARequest(f"adapter{self.numbers[adapter]}", self.numbers[adapter], str(Path(adapter).resolve()))
-        settings = [
-            SamplingParams(
-                max_tokens=decoding.max_new_tokens,
-                temperature=decoding.temperature,
-                top_p=decoding.top_p,
-                top_k=decoding.top_k or -1,
-                seed=None if current_platform.is_cpu() else row_seed(seed, stream, row, sample),
-                stop_token_ids=sorted(ends or [self.tokenizer.eos_token_id]),
-                skip_special_tokens=False,
-            )
-            for row, sample in zip(rows, samples or [0] * len(rows))
-        ]
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        for place, output in enumerate(self.engine.generate(inputs, settings, lora_request=request, use_tqdm=description is not None)):
-            finished(place, list(output.outputs[0].token_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,12 @@ def model_identity(name_or_path: str) -> str:
     if (folder / "adapter_config.json").is_file():
         known.append(model_identity(adapter_base(folder)))
     return digest(known)
+
+
+def check_vllm(flag: str) -> None:
+    """Raises InputError where vLLM is not installed. `flag` is what asks for it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f"{flag}: vLLM is not installed, expected an environment made with requirements/vllm.txt")
 
 
 def check_device(name: str) -> None:

@@ -64,6 +64,25 @@ def length_columns(responses: Sequence[Sequence[int]], ended: Sequence[bool], lo
     return {"response_tokens": lengths, "eos_rate": [float(end) for end in ended], "truncation_rate": truncated}
 
 
+def engine_metrics(ours: np.ndarray, theirs: Sequence[Sequence[float]], lengths: Sequence[int]) -> dict[str, float]:
+    """How far an engine that drew the rollouts was from the policy that learns from them, as means over the responses of all processes.
+
+    Args:
+        ours: [responses, longest] log-probabilities by the policy, each response at the end of its row.
+        theirs: by the engine, one a token; of a response that was cut afterwards, also those of the tokens that are gone.
+        lengths: of the responses in tokens.
+
+    Returns:
+        "rollout/logprob_difference", the mean absolute difference in nats a token; and "rollout/kl", the KL of engine and policy in nats a
+        response, as the responses themselves estimate it: the engine's log-probability minus the policy's.
+    """
+    differences = [
+        np.asarray(own[:length]) - row[len(row) - length :] for row, own, length in zip(np.asarray(ours, dtype=float), theirs, lengths)
+    ]
+    columns = {"logprob_difference": [abs(row).mean() for row in differences], "kl": [row.sum() for row in differences]}
+    return {f"rollout/{name}": mean for name, (mean, _) in moments(columns, [None] * len(differences), of_all_processes=True).items()}
+
+
 def development_metrics(found: Moments) -> dict[str, float]:
     """The means of `moments` as "dev/<column>"."""
     return {f"dev/{name}": mean for name, (mean, _) in found.items()}

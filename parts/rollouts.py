@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from parts.chat_templates import ChatTemplate
-    from parts.generation import HFEngine, VLLMEngine
+    from parts.generation import HFEngine
     from parts.sampling import Decoding
+    from parts.vllm_engines import VLLMEngine
 
 
 @dataclass(frozen=True)

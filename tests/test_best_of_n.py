@@ -7,11 +7,9 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY, ROWS, run_script
 from nltk.tokenize import wordpunct_tokenize
 from test_processes import launcher
@@ -23,7 +21,7 @@ from parts.files import read_json
 from parts.models import load_tokenizer
 from parts.rows import read_rows
 from parts.samples import Samples, best_rows
-from parts.sampling import Decoding, row_draws, row_seed, sample
+from parts.sampling import Decoding, row_draws, sample
 from reward_model import repetition_penalty
 from train_sft import SFTSettings
 
@@ -130,39 +128,6 @@ def test_two_processes_share_the_samples_out(tiny_model, sampled, eval_file, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     for file in (sampled, sampled.with_name("alpaca-eval-model.json")):
         assert (tmp_path / "two" / "model" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_vllm_draws_each_sample_from_a_seed_of_its_own(tiny_model, sampled, eval_file, tmp_path, monkeypatch):
-    """vLLM is played by an engine that answers with what it was given: its prompt's length, and the end of its seed."""
-    given = []
-
-    class Engine:
-        def __init__(self, **how):
-            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
-            assert how == {"model": str(tiny_model), "dtype": "auto", "enable_lora": False, "max_lora_rank": 8, "max_model_len": 512}
-
-        def generate(self, inputs, settings, lora_request, use_tqdm):
-            given.extend(zip(inputs, settings))
-            return [
-                SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5 + len(prompt["prompt_token_ids"]) % 50, 5 + how.seed % 50])])
-                for prompt, how in zip(inputs, settings)
-            ]
-
-    parts = {
-        "vllm": SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace),
-        "vllm.lora.request": SimpleNamespace(LoRARequest=None),
-        "vllm.platforms": SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: False)),
-    }
-    for name, module in parts.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    assert run_inside(monkeypatch, *evaluation_words(tiny_model, eval_file, tmp_path / "vllm", 3, "--engine=vllm")) == 0
-    assert [how.seed for _, how in given] == [row_seed(42, "model", row, number) for number in range(3) for row in range(len(ROWS))]
-    rows = read_rows(tmp_path / "vllm" / "model" / "samples-model.jsonl", {"instruction": None})
-    tokenizer = load_tokenizer(str(tiny_model))
-    for place, row in enumerate(rows):
-        prompt = given[place][0]["prompt_token_ids"]
-        expected = [tokenizer.decode([5 + len(prompt) % 50, 5 + row_seed(42, "model", place, number) % 50]).strip() for number in range(3)]
-        assert [response["output"] for response in row["responses"]] == expected
 
 
 @pytest.mark.parametrize(
