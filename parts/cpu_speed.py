@@ -128,6 +128,19 @@ def configs_of(model: nn.Module, attention: str) -> list:
 
 
 @contextmanager
+def attention_by(model: nn.Module, kind: str) -> Iterator[None]:
+    """While the block runs, a model's fused attention is of another `kind` of transformers'."""
+    configs = configs_of(model, "sdpa")
+    try:
+        for config in configs:
+            config._attn_implementation = kind
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+@contextmanager
 def short_sequences(model: nn.Module) -> Iterator[None]:
     """While the block runs, attention is plain products in half precision on a CPU.
 
@@ -135,14 +148,8 @@ def short_sequences(model: nn.Module) -> Iterator[None]:
     """
     weight = next(model.parameters())
     plain = ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    configs = configs_of(model, "sdpa") if plain else []
-    try:
-        for config in configs:
-            config._attn_implementation = "eager"
+    with attention_by(model, "eager" if plain else "sdpa"):
         yield
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
 
 
 @contextmanager

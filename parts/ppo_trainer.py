@@ -25,7 +25,8 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ from parts.batching import batches_by_length
 from parts.cpu_speed import short_sequences
 from parts.errors import InputError
 from parts.logprobs import TokenLogProbs, WayToLogits
+from parts.packing import Packed, attention_within, can_pack, longest, pack, shared_start
 from parts.rows import QTYPES
 from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, sample
 
@@ -62,7 +64,7 @@ def predict_or_forward(
     Args:
         way: from hidden states to logits, where it is known already.
         rows, columns: [tokens] places in `input_ids` of the tokens that predict the response's tokens, which follow them.
-        inputs: `input_ids` [batch, time], padded on the right.
+        inputs: `input_ids` [batch, time], padded on the right; or [1, time], packed, with their `position_ids`.
 
     Returns:
         Log-probabilities, entropies and values, [tokens] each.
@@ -71,7 +73,7 @@ def predict_or_forward(
         return type(policy).forward(policy, *args, **inputs)
     input_ids = inputs["input_ids"]
     way = way or WayToLogits(base_model(policy))
-    hidden = way.backbone(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+    hidden = way.backbone(**inputs, use_cache=False).last_hidden_state[rows, columns]
     logprobs, entropies = TokenLogProbs.apply(hidden, input_ids[rows, columns + 1], way)
     return logprobs, entropies, policy.v_head(hidden).squeeze(-1).float()
 
@@ -170,6 +172,19 @@ class _Sequences:
             "columns": torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)]).to(device),
         }
 
+    def packed(self, rows: Sequence[int]) -> tuple[Packed, dict[str, torch.Tensor]]:
+        """The rows as one sequence, and `inputs` in it. What they share ends before any row's first response token is predicted."""
+        tokens = [self.tokens[row] for row in rows]
+        packed = pack(tokens, shared_start(tokens, min(self.query_lengths[row] for row in rows) - 1))
+        ends = [(end - 1, self.response_lengths[row]) for row, end in zip(rows, packed.ends)]
+        columns = torch.cat([torch.arange(end - length, end) for end, length in ends]).to(packed.input_ids.device)
+        return packed, {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "rows": torch.zeros_like(columns),
+            "columns": columns,
+        }
+
     def padded(self, rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
         """[tokens] values of the response tokens of these rows as [rows, longest response of the batch], 0 before each response.
 
@@ -203,8 +218,12 @@ class FastPPOTrainer(PPOTrainer):
         check_log_probabilities(policy.eval(), forward)
         check_sampling(policy.pretrained_model)
         self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
+        models = [policy]
         if self.ref_model is not None:
-            _teach_to_predict(self.accelerator.unwrap_model(self.ref_model))
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+            _teach_to_predict(models[-1])
+        backbones = [forward.keywords["way"].backbone for forward in (model.forward for model in models)]
+        self.most_packed = min(longest(backbone) if can_pack(backbone) else 0 for backbone in backbones)
 
     # --------------------------------------------------------------------------------------------------------- rollouts
 
@@ -370,12 +389,24 @@ class FastPPOTrainer(PPOTrainer):
         counts = self.accelerator.reduce(rows.sum(dim=1)).tolist()
         return [found for *found, count in zip(self.running_by_qtype.values(), rows, counts) if count]
 
+    @contextmanager
+    def _arranged(self, model: nn.Module, sequences: _Sequences, rows: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        """What a pass over some rows takes while the block runs: packed where the models can, padded otherwise."""
+        policy = self.accelerator.unwrap_model(model)
+        if max(len(sequences.tokens[row]) for row in rows) <= self.most_packed:
+            packed, inputs = sequences.packed(rows)
+            with attention_within(policy, packed):
+                yield inputs
+        else:
+            with short_sequences(policy):
+                yield sequences.inputs(rows)
+
     def _forward_all(self, model: nn.Module, sequences: _Sequences) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and values of every response token, [batch, longest response], without gradients."""
         tables = None
         for rows in batches_by_length(list(map(len, sequences.tokens)), most_tokens=TOKENS_PER_PASS):
-            with short_sequences(self.accelerator.unwrap_model(model)):
-                logprobs, _, values = model(**sequences.inputs(rows))
+            with self._arranged(model, sequences, rows) as inputs:
+                logprobs, _, values = model(**inputs)
             found = sequences.padded(rows, logprobs), sequences.padded(rows, values)
             tables = tables or tuple(table.new_zeros(len(sequences.tokens), table.shape[1]) for table in found)
             for table, part in zip(tables, found):
@@ -384,8 +415,8 @@ class FastPPOTrainer(PPOTrainer):
 
     def _train_rows(self, rows: np.ndarray, sequences: _Sequences, old: dict[str, torch.Tensor]) -> dict[str, object]:
         """Forward and backward pass over one mini batch; the optimiser moves where accumulation is complete."""
-        with short_sequences(self.accelerator.unwrap_model(self.model)):  # the backward pass too: checkpointed layers run again there
-            logprobs, entropies, values = (sequences.padded(rows, found) for found in self.model(**sequences.inputs(rows)))
+        with self._arranged(self.model, sequences, rows) as inputs:  # the backward pass too: checkpointed layers run again there
+            logprobs, entropies, values = (sequences.padded(rows, found) for found in self.model(**inputs))
             loss, stats = self._loss(old, logprobs, entropies, values)
             _require_finite("the loss", loss)
             self.accelerator.backward(loss)
