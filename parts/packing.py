@@ -1,6 +1,6 @@
 """Rows of unequal length as one sequence: no padding, and what all of them begin with only once. For training on a CPU.
 
-    packed = pack(rows, shared_start(rows, [30, 41]))
+    packed = pack(rows, shared_start(rows, most=29))
     with attention_within(model, packed): model(input_ids=packed.input_ids, position_ids=packed.position_ids)
 
 A token sees the tokens of its own row alone, at the positions that they have there, so every row's numbers are those it has by itself.
@@ -85,7 +85,7 @@ class _WithinRows(torch.autograd.Function):
             asked = query[:, start:end].reshape(groups, -1, query.shape[2])
             keys, values = _seen(key, start, end, before), _seen(value, start, end, before)
             scores = torch.baddbmm(mask.repeat(asked.shape[1] // (end - start), 1), asked, keys.transpose(1, 2), alpha=scaling)
-            tables.append(scores.softmax(dim=-1))
+            tables.append(scores.float().softmax(dim=-1).to(scores.dtype))  # in half precision as such it takes longer
             found[start:end] = torch.bmm(tables[-1], values).view(len(query), end - start, -1).transpose(0, 1)
         ctx.spans, ctx.scaling = spans, scaling
         ctx.save_for_backward(query, key, value, *tables)

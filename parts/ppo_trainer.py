@@ -38,7 +38,7 @@ from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, s
 from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
-from parts.cpu_speed import short_sequences
+from parts.cpu_speed import short_sequences, train_faster
 from parts.errors import InputError
 from parts.logprobs import TokenLogProbs, WayToLogits
 from parts.packing import Packed, attention_within, can_pack, longest, pack, shared_start
@@ -206,7 +206,7 @@ class FastPPOTrainer(PPOTrainer):
     """
 
     def __init__(self, config, model, *args, **kwargs):
-        forward = _teach_to_predict(model)
+        forward = _teach_to_predict(train_faster(model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
             super().__init__(config, model, *args, **kwargs)
@@ -218,12 +218,12 @@ class FastPPOTrainer(PPOTrainer):
         check_log_probabilities(policy.eval(), forward)
         check_sampling(policy.pretrained_model)
         self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
-        models = [policy]
+        forwards = [forward]
         if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model))
-            _teach_to_predict(models[-1])
-        backbones = [forward.keywords["way"].backbone for forward in (model.forward for model in models)]
-        self.most_packed = min(longest(backbone) if can_pack(backbone) else 0 for backbone in backbones)
+            forwards.append(_teach_to_predict(self.accelerator.unwrap_model(self.ref_model)))
+        backbones = [own.keywords["way"].backbone for own in forwards]
+        plain = self.accelerator.mixed_precision == "no"  # autocast would change the dtypes inside packed attention
+        self.most_packed = min(longest(backbone) if plain and can_pack(backbone) else 0 for backbone in backbones)
 
     # --------------------------------------------------------------------------------------------------------- rollouts
 
