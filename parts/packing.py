@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from parts import cpu_speed
 
@@ -72,6 +73,49 @@ def pack(rows: Sequence[torch.Tensor], shared: int) -> Packed:
     ids = torch.cat([rows[0][:shared], *own])[None]
     ends = torch.tensor([shared, *map(len, own)]).cumsum(dim=0)[1:].tolist()
     return Packed(ids, torch.cat([torch.arange(shared), *positions])[None].to(ids.device), shared, tuple(ends))
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Queries with their responses, as passes over some of the rows want them."""
+
+    tokens: list[torch.Tensor]
+    query_lengths: list[int]
+    response_lengths: list[int]
+
+    def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What `predict_or_forward` takes for these rows."""
+        device = self.tokens[0].device
+        starts = [self.query_lengths[row] - 1 for row in rows]
+        lengths = [self.response_lengths[row] for row in rows]
+        return {
+            "input_ids": pad_sequence([self.tokens[row] for row in rows], batch_first=True),
+            "rows": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
+            "columns": torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)]).to(device),
+        }
+
+    def packed(self, rows: Sequence[int]) -> tuple[Packed, dict[str, torch.Tensor]]:
+        """The rows as one sequence, and `inputs` in it. What they share ends before any row's first response token is predicted."""
+        tokens = [self.tokens[row] for row in rows]
+        packed = pack(tokens, shared_start(tokens, min(self.query_lengths[row] for row in rows) - 1))
+        ends = [(end - 1, self.response_lengths[row]) for row, end in zip(rows, packed.ends)]
+        columns = torch.cat([torch.arange(end - length, end) for end, length in ends]).to(packed.input_ids.device)
+        return packed, {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "rows": torch.zeros_like(columns),
+            "columns": columns,
+        }
+
+    def padded(self, rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+        """[tokens] values of the response tokens of these rows as [rows, longest response of the batch], 0 before each response.
+
+        Responses end together, so that nothing follows one: advantages are summed from the end, and TRL whitens padding too.
+        """
+        width = max(self.response_lengths)
+        lengths = torch.tensor([self.response_lengths[row] for row in rows])
+        places = (torch.arange(width)[None] >= width - lengths[:, None]).nonzero(as_tuple=True)
+        return values.new_zeros(len(rows), width).index_put(tuple(place.to(values.device) for place in places), values)
 
 
 class _WithinRows(torch.autograd.Function):
