@@ -24,12 +24,8 @@ from parts import cpu_speed
 
 ATTENTION = "within_rows"  # the name of `_attention` among transformers' kinds of attention
 MOST_TOKENS = 512  # in a row: attention keeps a table of [heads, own tokens, tokens] for the backward pass
-_LIMITS = (
-    "sliding_window",
-    "attention_window_size",
-    "window_size",
-    "attention_chunk_size",
-)  # by which configurations bound what a token sees
+# What configurations call the most tokens that a token sees.
+_LIMITS = ("sliding_window", "attention_window_size", "window_size", "attention_chunk_size")
 _NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
               "output_hidden_states", "return_dict", "position_embeddings"}  # fmt: skip
 
