@@ -4,7 +4,8 @@
     python benchmarks/bench_ppo.py --turns 3
 
 Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. Memory is what a call's peak adds to the
-process before it.
+process before it. The share of the machine's rate is what the model's arithmetic alone would take at the speed of the policy's own frozen
+layers run one after another, over the time taken. It counts every sequence by itself, without padding (`parts/counting.py`).
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import AutoModelForCausalLM
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 from parts.chat_templates import encode_prompts, load_template
+from parts.counting import policy_operations
 from parts.cpu_speed import onednn_is_faster, use_onednn
 from parts.files import REPOSITORY
 from parts.models import load_tokenizer
 from parts.ppo_trainer import FastPPOTrainer
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
-BATCH, NEW_TOKENS = 16, 64
+BATCH, NEW_TOKENS, EPOCHS = 16, 64, 4
 
 
 def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
@@ -45,7 +48,7 @@ def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
         use_onednn(model)
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
-    config = PPOConfig(batch_size=BATCH, mini_batch_size=2, gradient_accumulation_steps=4, ppo_epochs=4, learning_rate=1e-5)
+    config = PPOConfig(batch_size=BATCH, mini_batch_size=2, gradient_accumulation_steps=4, ppo_epochs=EPOCHS, learning_rate=1e-5)
     return cls(config, policy, ref_model=None, tokenizer=load_tokenizer(MODEL))
 
 
@@ -58,6 +61,31 @@ def measured(work: Callable[[], object]) -> tuple[float, float, object]:
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, memory("VmHWM") - before, result
+
+
+@torch.no_grad()
+def products_rate(policy: nn.Module, tokens: int) -> float:
+    """Floating-point operations a second of the policy's frozen linear layers, one product after another, over `tokens` at a time."""
+    layers = [layer for layer in policy.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
+    states = {layer.in_features: torch.randn(tokens, layer.in_features).to(layer.weight.dtype) for layer in layers}
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        for layer in layers:
+            layer(states[layer.in_features])
+        times.append(time.perf_counter() - start)
+    return 2 * tokens * sum(layer.weight.numel() for layer in layers) / min(times)
+
+
+def operations(policy: nn.Module, prompts: list[int], responses: list[int]) -> dict[str, float]:
+    """Floating-point operations of drawing `responses` after `prompts`, lengths in tokens, and of a step on them."""
+    counted = policy_operations(policy, policy.pretrained_model.config)
+    prompt, response = statistics.fmean(prompts), statistics.fmean(responses)
+    passes = counted.forward(sum(prompts), prompt) + counted.forward(sum(responses), prompt + response / 2)
+    return {
+        "generate": passes + 2 * counted.head * sum(responses),
+        "step": sum(counted.step(len(prompts), prompt, response, EPOCHS)),
+    }
 
 
 def memory(field: str) -> float:
@@ -80,7 +108,7 @@ def main() -> None:
         "bf16": make_trainer(FastPPOTrainer, torch.bfloat16),
     }
     times: dict[str, dict[str, list[tuple[float, float]]]] = {"generate": {}, "step": {}}
-    responses = None
+    responses, shares = None, {"generate": {}, "step": {}}
     for turn in range(words.turns):
         for name, trainer in trainers.items():
             stock = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} if name == "stock" else {}
@@ -89,10 +117,16 @@ def main() -> None:
             seconds, peak, drawn = measured(lambda: trainer.generate(queries, batch_size=BATCH, return_prompt=False, **options))  # noqa: B023
             times["generate"].setdefault(name, []).append((sum(map(len, drawn)) / seconds, peak))
             responses = responses or drawn  # every trainer learns from the first one's
+            spent = {"generate": seconds}
             np.random.seed(turn)
             scores = [torch.tensor(float(len(response)) / 100) for response in responses]
             seconds, peak, _ = measured(lambda: trainer.step(queries, responses, scores))  # noqa: B023
             times["step"].setdefault(name, []).append((1 / seconds, peak))
+            spent["step"] = seconds
+            policy = trainer.accelerator.unwrap_model(trainers["bf16" if name == "bf16" else "fp32"].model)
+            for part, texts in (("generate", drawn), ("step", responses)):
+                done = operations(policy, [len(query) for query in queries], [len(text) for text in texts])[part]
+                shares[part].setdefault(name, []).append(done / spent[part] / products_rate(policy, 256))
             print(f"  turn {turn + 1} {name}: generate {times['generate'][name][-1][0]:.0f} tokens/s, step {seconds:.1f} s, "
                   f"peak +{peak:.0f} MB", flush=True)  # fmt: skip
     tokens = [len(query) + len(response) for query, response in zip(queries, responses)]
@@ -102,6 +136,11 @@ def main() -> None:
         for name in ("fp32", "bf16"):
             speeds = [ours / theirs for (ours, _), (theirs, _) in zip(found[name], found["stock"])]
             print(f"{part}, {name}: {statistics.median(speeds):.2f} times as fast as stock ({min(speeds):.2f} to {max(speeds):.2f})")
+    for part, found in shares.items():
+        print(
+            f"{part}, share of the machine's product rate: "
+            + ", ".join(f"{name} {statistics.median(by):.0%}" for name, by in found.items())
+        )
     for name in ("fp32", "bf16"):
         peaks = [ours / theirs for (_, ours), (_, theirs) in zip(times["step"][name], times["step"]["stock"])]
         print(f"step, {name}: peak extra memory {statistics.median(peaks):.2f} of stock's ({min(peaks):.2f} to {max(peaks):.2f})")

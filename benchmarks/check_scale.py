@@ -97,7 +97,7 @@ def main() -> None:
     checkpointing = settings.gradient_checkpointing
     scoring, _ = trainer_pass(policy, rows_per_pass(rows, *lengths), *lengths, trained=False)
     training, _ = trainer_pass(policy, settings.mini_batch_size, *lengths, trained=True, checkpointing=checkpointing)
-    counted = sum(policy_operations(policy, config).step(rows, *lengths, settings.ppo_epochs, checkpointing))
+    counted = sum(policy_operations(policy, config).step(rows, *lengths, settings.ppo_epochs, checkpointing, settings.mini_batch_size))
     for what, own, theirs, unit in (("memory", max(scoring, training), memory, 1e6), ("operations", counted, operations, 1e9)):
         name = {1e6: "MB", 1e9: "billion"}[unit]
         print(f"{what}: counted {own / unit:,.0f} {name}, measured {theirs / unit:,.0f} {name}, ratio {own / theirs:.3f}")

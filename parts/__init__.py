@@ -27,6 +27,7 @@ floor 4, what the stages are made of
     relevance         the sentence encoder of the relevances
     gold_settings     how gold reward models are loaded and run
     sampling          batched sampling with a causal LM
+    packing           rows as one sequence, without padding
     logprobs          hidden states in, log-probabilities out, in the model's own way
     data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary

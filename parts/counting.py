@@ -180,14 +180,21 @@ class Operations:
         """Gradients of the inputs everywhere, of the weights in LoRA; a flash kernel multiplies five times where it did twice."""
         return tokens * (2 * self.frozen + 4 * self.lora + 10 * self.attention * context)
 
-    def step(self, rows: int, prompt: float, response: float, epochs: int, checkpointing: bool = False) -> tuple[float, float]:
+    def step(
+        self, rows: int, prompt: float, response: float, epochs: int, checkpointing: bool = False, begun: int = 0
+    ) -> tuple[float, float]:
         """A PPO step: the policy's and the reference's log-probabilities; the epochs.
 
         With checkpointing a whole forward pass is added. PyTorch leaves out a layer's last product, whose result no gradient needs.
+
+        Args:
+            begun: rows whose first pass with gradients is the one before it too: the trainer's first mini batch in a single process.
         """
         tokens, context, predicted = rows * (prompt + response), prompt + response, rows * response
-        layers = self.forward(tokens, context)
-        before = layers + self.forward(tokens, context, adapter=False) + predicted * 2 * (2 * self.head + 2 * self.value)
+        layers, passes = self.forward(tokens, context), 1 - begun / rows
+        before = (
+            layers * passes + self.forward(tokens, context, adapter=False) + predicted * (1 + passes) * (2 * self.head + 2 * self.value)
+        )
         loss = layers * (1 + checkpointing) + predicted * (4 * self.head + 2 * self.value)  # the head's gradient is worked out beside it
         return before, epochs * (loss + self.backward(tokens, context) + predicted * 4 * self.value)
 

@@ -2,7 +2,8 @@
 
     model = use_onednn(AutoModelForCausalLM.from_pretrained(...))       # linear layers
     with one_token_at_a_time(model, rows): ...                          # sampling: a pass is over one new token of each row
-    with short_sequences(model): ...                                    # training
+    train_faster(policy)                                                # training: LoRA, norms
+    with short_sequences(policy): ...
     most_rows(64, model.device), most_tokens(16384, model.device)       # batches that suit a CPU
 
 `ENABLED = False` switches all of it off. On a GPU all of it does nothing.
@@ -116,6 +117,89 @@ def use_onednn(model: Model) -> Model:
     return model
 
 
+# ------------------------------------------------------------------------------------------------- frozen norms, trained LoRA
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight * (x / root of the mean square), as transformers writes it, with a gradient for x alone in a third of the kernels."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        by_normed, wide = (gradient * weight).float(), x.float()
+        mean = (by_normed * wide).mean(dim=-1, keepdim=True)
+        return by_normed.mul_(scale).addcmul_(wide, mean * scale**3, value=-1).to(x.dtype), None, None
+
+
+class _LoRA(torch.autograd.Function):
+    """base + scaling * x A^T B^T in fp32, with base's dtype: as PEFT computes it, keeping x alone and in fewer kernels."""
+
+    @staticmethod
+    def forward(ctx, base: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        low = x.flatten(0, -2).float() @ a.t()
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, a, b, low)
+        return torch.addmm(base.flatten(0, -2).float(), low, b.t(), alpha=scaling).to(base.dtype).view(base.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, a, b, low = ctx.saved_tensors
+        wide = gradient.flatten(0, -2).float()
+        by_low = (wide @ b).mul_(ctx.scaling)
+        by_x = (by_low @ a).to(x.dtype).view(x.shape) if ctx.needs_input_grad[1] else None
+        return gradient, by_x, by_low.t() @ x.flatten(0, -2).float(), (wide.t() @ low).mul_(ctx.scaling), None
+
+
+def _norm(module: nn.Module, eps: float, x: torch.Tensor) -> torch.Tensor:
+    if ENABLED and not module.weight.requires_grad and x.device.type == "cpu" and x.dtype == module.weight.dtype:
+        return _RMSNorm.apply(x, module.weight, eps)
+    return type(module).forward(module, x)
+
+
+def _lora(module: nn.Module, x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    name = module.active_adapters[0] if len(module.active_adapters) == 1 else None
+    plain = not (args or options or module.disable_adapters or module.merged or module.lora_variant) and name in module.lora_A
+    if not (ENABLED and plain and x.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
+        return type(module).forward(module, x, *args, **options)
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    if a.bias is not None or b.bias is not None or a.weight.dtype != torch.float32 or (dropout.training and getattr(dropout, "p", 0)):
+        return type(module).forward(module, x)
+    return _LoRA.apply(module.base_layer(x), x, a.weight, b.weight, module.scaling[name])
+
+
+def train_faster(model: Model) -> Model:
+    """Let a model's frozen RMS norms and its LoRA layers take fewer kernels on a CPU, wherever they compute what is known here."""
+    from peft.tuners.lora import Linear
+
+    for module in model.modules() if ENABLED else ():
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if type(module) is Linear:
+            module.forward = functools.partial(_lora, module)
+        elif type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain_norm(module, eps):
+            module.forward = functools.partial(_norm, module, eps)
+    return model
+
+
+@torch.no_grad()
+def _is_plain_norm(module: nn.Module, eps: float) -> bool:
+    """Whether a norm computes `_RMSNorm`, tried on numbers around `eps` too."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.device.type != "cpu" or weight.requires_grad or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x = (torch.randn(3, len(weight), generator=draw) * torch.tensor([[1.0], [30.0], [eps**0.5]])).to(weight.dtype)
+    expected = module(x)
+    close = 1e-5 if weight.dtype == torch.float32 else 1e-2
+    return expected.dtype == x.dtype and torch.allclose(_RMSNorm.apply(x, weight, eps), expected, rtol=close, atol=close * 1e-2)
+
+
 # -------------------------------------------------------------------------------------------------------------- attention
 
 
@@ -128,6 +212,19 @@ def configs_of(model: nn.Module, attention: str) -> list:
 
 
 @contextmanager
+def attention_by(model: nn.Module, kind: str) -> Iterator[None]:
+    """While the block runs, a model's fused attention is of another `kind` of transformers'."""
+    configs = configs_of(model, "sdpa")
+    try:
+        for config in configs:
+            config._attn_implementation = kind
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+@contextmanager
 def short_sequences(model: nn.Module) -> Iterator[None]:
     """While the block runs, attention is plain products in half precision on a CPU.
 
@@ -135,14 +232,8 @@ def short_sequences(model: nn.Module) -> Iterator[None]:
     """
     weight = next(model.parameters())
     plain = ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    configs = configs_of(model, "sdpa") if plain else []
-    try:
-        for config in configs:
-            config._attn_implementation = "eager"
+    with attention_by(model, "eager" if plain else "sdpa"):
         yield
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
 
 
 @contextmanager

@@ -105,15 +105,15 @@ class TokenLogProbs(torch.autograd.Function):
                     states = hidden[part].detach().requires_grad_(wants_gradient)
                     own = way(states)
                 logits = own.detach().to(torch.float32, copy=True)
+            logits -= logits.amax(dim=1, keepdim=True)
             chosen = logits.gather(1, labels[part, None])
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            logprobs[part] = (chosen - normaliser).squeeze(1)
-            logits -= normaliser
-            probabilities = logits.exp()
-            # Summed product by product: normaliser minus mean logit would lose three digits to cancellation.
-            entropies[part] = -(probabilities * logits).sum(dim=1)
+            weights = logits.exp()
+            total = weights.sum(dim=1, keepdim=True)
+            logprobs[part] = (chosen - total.log()).squeeze(1)
+            # Both terms are positive. The normaliser minus the mean logit, unshifted, would lose three digits to cancellation.
+            entropies[part] = (total.log() - logits.mul_(weights).sum(dim=1, keepdim=True) / total).squeeze(1)
             if wants_gradient:
-                by_logit = probabilities.neg_().scatter_add_(1, labels[part, None], torch.ones_like(chosen))
+                by_logit = weights.div_(total.neg_()).scatter_add_(1, labels[part, None], torch.ones_like(chosen))
                 if way.is_product:
                     gradient[part] = linear(by_logit.to(weight.dtype), weight.t())
                 else:

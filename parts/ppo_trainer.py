@@ -9,7 +9,8 @@ The algorithm is TRL's to the last digit that rounding allows (tests compare the
 1. Logits exist only where a response token is predicted, and only for a few tokens at a time: log-probability, entropy and their
    gradient are reduced chunk by chunk, so that no [batch, time, vocabulary] tensor is ever there.
 2. Every pass is over right-padded sequences as long as its own longest one, without an attention mask (causal attention never looks at
-   what follows); passes without gradients take sequences of similar length together.
+   what follows); passes without gradients take sequences of similar length together. On a CPU, sequences are packed without padding,
+   and what they begin with is computed once (`parts/packing.py`). The first mini batch's pass is also its pass for old log-probabilities.
 3. Array statistics ("objective/logprobs", "ppo/policy/ratio" ...) hold response tokens only, [batch, longest response], each
    response at the end of its row.
 4. The policy stays in eval mode throughout: rollouts, old and new log-probabilities come from one distribution.
@@ -25,21 +26,21 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from trl import PPOTrainer
 from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, stack_dicts, stats_to_np
 from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
-from parts.cpu_speed import short_sequences
+from parts.cpu_speed import short_sequences, train_faster
 from parts.errors import InputError
 from parts.logprobs import TokenLogProbs, WayToLogits
+from parts.packing import Rollouts, attention_within, can_pack, longest
 from parts.rows import QTYPES
 from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, sample
 
@@ -62,7 +63,7 @@ def predict_or_forward(
     Args:
         way: from hidden states to logits, where it is known already.
         rows, columns: [tokens] places in `input_ids` of the tokens that predict the response's tokens, which follow them.
-        inputs: `input_ids` [batch, time], padded on the right.
+        inputs: `input_ids` [batch, time], padded on the right; or [1, time], packed, with their `position_ids`.
 
     Returns:
         Log-probabilities, entropies and values, [tokens] each.
@@ -71,7 +72,7 @@ def predict_or_forward(
         return type(policy).forward(policy, *args, **inputs)
     input_ids = inputs["input_ids"]
     way = way or WayToLogits(base_model(policy))
-    hidden = way.backbone(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+    hidden = way.backbone(**inputs, use_cache=False).last_hidden_state[rows, columns]
     logprobs, entropies = TokenLogProbs.apply(hidden, input_ids[rows, columns + 1], way)
     return logprobs, entropies, policy.v_head(hidden).squeeze(-1).float()
 
@@ -109,7 +110,7 @@ def check_log_probabilities(policy: nn.Module, forward: Callable) -> None:
     draw = torch.Generator().manual_seed(0)
     most = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
     tokens = [torch.randint(most, (length,), generator=draw).to(device) for length in (9, 5)]
-    sequences = _Sequences(tokens, [1] * len(tokens), [len(row) - 1 for row in tokens])
+    sequences = Rollouts(tokens, [1] * len(tokens), [len(row) - 1 for row in tokens])
     with short_sequences(model):
         found, _, _ = forward(**sequences.inputs(range(len(tokens))))
     own = torch.cat([model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in tokens])
@@ -148,39 +149,6 @@ def checkpoint_in_eval_mode(policy: nn.Module) -> None:
     backbone.register_forward_pre_hook(follow_grad_mode)
 
 
-# -------------------------------------------------------------------------------------------------------------- a batch
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Queries with their responses, as passes over some of the rows want them."""
-
-    tokens: list[torch.Tensor]
-    query_lengths: list[int]
-    response_lengths: list[int]
-
-    def inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What `predict_or_forward` takes for these rows."""
-        device = self.tokens[0].device
-        starts = [self.query_lengths[row] - 1 for row in rows]
-        lengths = [self.response_lengths[row] for row in rows]
-        return {
-            "input_ids": pad_sequence([self.tokens[row] for row in rows], batch_first=True),
-            "rows": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
-            "columns": torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)]).to(device),
-        }
-
-    def padded(self, rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
-        """[tokens] values of the response tokens of these rows as [rows, longest response of the batch], 0 before each response.
-
-        Responses end together, so that nothing follows one: advantages are summed from the end, and TRL whitens padding too.
-        """
-        width = max(self.response_lengths)
-        lengths = torch.tensor([self.response_lengths[row] for row in rows])
-        places = (torch.arange(width)[None] >= width - lengths[:, None]).nonzero(as_tuple=True)
-        return values.new_zeros(len(rows), width).index_put(tuple(place.to(values.device) for place in places), values)
-
-
 class FastPPOTrainer(PPOTrainer):
     """Drop-in for `trl.PPOTrainer` (0.9.6) with a causal LM as policy; see the head of this file for what differs.
 
@@ -191,7 +159,7 @@ class FastPPOTrainer(PPOTrainer):
     """
 
     def __init__(self, config, model, *args, **kwargs):
-        forward = _teach_to_predict(model)
+        forward = _teach_to_predict(train_faster(model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
             super().__init__(config, model, *args, **kwargs)
@@ -203,8 +171,12 @@ class FastPPOTrainer(PPOTrainer):
         check_log_probabilities(policy.eval(), forward)
         check_sampling(policy.pretrained_model)
         self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
+        forwards = [forward]
         if self.ref_model is not None:
-            _teach_to_predict(self.accelerator.unwrap_model(self.ref_model))
+            forwards.append(_teach_to_predict(self.accelerator.unwrap_model(self.ref_model)))
+        backbones = [own.keywords["way"].backbone for own in forwards]
+        plain = self.accelerator.mixed_precision == "no"  # autocast would change the dtypes inside packed attention
+        self.most_packed = min(longest(backbone) if plain and can_pack(backbone) else 0 for backbone in backbones)
 
     # --------------------------------------------------------------------------------------------------------- rollouts
 
@@ -277,7 +249,7 @@ class FastPPOTrainer(PPOTrainer):
             config.batch_size, queries, responses, scores, response_masks
         )
         scores = self._scaled(torch.tensor(scores, device=self.current_device), qtypes)
-        sequences = _Sequences(
+        sequences = Rollouts(
             [torch.cat(pair) for pair in zip(queries, responses)], [len(query) for query in queries], [len(text) for text in responses]
         )
         every_row = list(range(len(queries)))
@@ -285,12 +257,19 @@ class FastPPOTrainer(PPOTrainer):
         masks = sequences.padded(every_row, given)
         self.model.eval()
 
-        # 1. Log-probabilities and values as the rollouts were drawn, and the reference model's.
+        # 1. Log-probabilities and values as the rollouts were drawn, and the reference model's. The first mini batch meets the same weights:
+        # its pass is both (processes that wait for each other in a backward pass would have to know of it).
         timing, clock = {}, time.time()
+        order = np.random.permutation(config.batch_size)
+        first = order[: config.mini_batch_size if self.accelerator.num_processes == 1 else 0].tolist()
         with torch.no_grad():
-            logprobs, values = self._forward_all(self.model, sequences)
+            logprobs, values = self._forward_all(self.model, sequences, sorted(set(every_row) - set(first)))
             with self.optional_peft_ctx():
-                ref_logprobs, _ = self._forward_all(self.model if self.is_peft_model else self.ref_model, sequences)
+                ref_logprobs, _ = self._forward_all(self.model if self.is_peft_model else self.ref_model, sequences, every_row)
+        begun = self._forward_rows(first, sequences) if first else None
+        with torch.no_grad():
+            if begun:
+                logprobs[first], _, values[first] = begun
             timing["time/ppo/forward_pass"], clock = time.time() - clock, time.time()
 
             # 2. Per-token rewards, advantages, returns: TRL's own, on response tokens only.
@@ -303,12 +282,13 @@ class FastPPOTrainer(PPOTrainer):
         # 3. Epochs over shuffled mini batches.
         old = {"logprobs": logprobs, "values": values, "masks": masks, "advantages": advantages, "returns": returns}
         all_stats: list[dict] = []
-        for _ in range(config.ppo_epochs):
-            order = np.random.permutation(config.batch_size)
+        for epoch in range(config.ppo_epochs):
+            order = np.random.permutation(config.batch_size) if epoch else order
             for start in range(0, config.batch_size, config.mini_batch_size):
                 rows = order[start : start + config.mini_batch_size]
                 with self.accelerator.accumulate(self.model):
-                    all_stats.append(self._train_rows(rows, sequences, {name: table[rows] for name, table in old.items()}))
+                    all_stats.append(self._train_rows(rows, sequences, {name: table[rows] for name, table in old.items()}, begun))
+                    begun = None
             if config.early_stopping and self._early_stop(all_stats[-1]["policy/policykl"]):
                 break
         timing["time/ppo/optimize_step"], clock = time.time() - clock, time.time()
@@ -370,24 +350,43 @@ class FastPPOTrainer(PPOTrainer):
         counts = self.accelerator.reduce(rows.sum(dim=1)).tolist()
         return [found for *found, count in zip(self.running_by_qtype.values(), rows, counts) if count]
 
-    def _forward_all(self, model: nn.Module, sequences: _Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and values of every response token, [batch, longest response], without gradients."""
-        tables = None
-        for rows in batches_by_length(list(map(len, sequences.tokens)), most_tokens=TOKENS_PER_PASS):
-            with short_sequences(self.accelerator.unwrap_model(model)):
-                logprobs, _, values = model(**sequences.inputs(rows))
-            found = sequences.padded(rows, logprobs), sequences.padded(rows, values)
-            tables = tables or tuple(table.new_zeros(len(sequences.tokens), table.shape[1]) for table in found)
-            for table, part in zip(tables, found):
-                table[rows] = part
+    @contextmanager
+    def _arranged(self, model: nn.Module, sequences: Rollouts, rows: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        """What a pass over some rows takes while the block runs: packed where the models can, padded otherwise."""
+        policy = self.accelerator.unwrap_model(model)
+        if max(len(sequences.tokens[row]) for row in rows) <= self.most_packed:
+            packed, inputs = sequences.packed(rows)
+            with attention_within(policy, packed):
+                yield inputs
+        else:
+            with short_sequences(policy):
+                yield sequences.inputs(rows)
+
+    def _forward_all(self, model: nn.Module, sequences: Rollouts, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and values of the response tokens of some rows, [batch, longest response], without gradients."""
+        shape = len(sequences.tokens), max(sequences.response_lengths)
+        tables = tuple(torch.zeros(shape, device=self.current_device) for _ in range(2))
+        for places in batches_by_length([len(sequences.tokens[row]) for row in rows], most_tokens=TOKENS_PER_PASS):
+            part = [rows[place] for place in places]
+            with self._arranged(model, sequences, part) as inputs:
+                logprobs, _, values = model(**inputs)
+            for table, found in zip(tables, (logprobs, values)):
+                table[part] = sequences.padded(part, found)
         return tables
 
-    def _train_rows(self, rows: np.ndarray, sequences: _Sequences, old: dict[str, torch.Tensor]) -> dict[str, object]:
-        """Forward and backward pass over one mini batch; the optimiser moves where accumulation is complete."""
-        with short_sequences(self.accelerator.unwrap_model(self.model)):  # the backward pass too: checkpointed layers run again there
-            logprobs, entropies, values = (sequences.padded(rows, found) for found in self.model(**sequences.inputs(rows)))
-            loss, stats = self._loss(old, logprobs, entropies, values)
-            _require_finite("the loss", loss)
+    def _forward_rows(self, rows: Sequence[int], sequences: Rollouts) -> list[torch.Tensor]:
+        """Log-probabilities, entropies and values of a mini batch, [rows, longest response] each, with gradients."""
+        with self._arranged(self.model, sequences, rows) as inputs:
+            return [sequences.padded(rows, found) for found in self.model(**inputs)]
+
+    def _train_rows(
+        self, rows: np.ndarray, sequences: Rollouts, old: dict[str, torch.Tensor], begun: list[torch.Tensor] | None
+    ) -> dict[str, object]:
+        """Forward pass over one mini batch, unless it has `begun`, and backward pass; the optimiser moves where accumulation is complete."""
+        logprobs, entropies, values = begun or self._forward_rows(rows, sequences)
+        loss, stats = self._loss(old, logprobs, entropies, values)
+        _require_finite("the loss", loss)
+        with self._arranged(self.model, sequences, rows):  # checkpointed layers run again
             self.accelerator.backward(loss)
         if self.config.max_grad_norm is not None and self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.model_params, self.config.max_grad_norm)
