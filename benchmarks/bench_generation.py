@@ -1,6 +1,7 @@
 """Rollouts against plain transformers: tokens a second beside `model.generate`, and six checkpoints beside six loads of the base model.
 
     python benchmarks/bench_generation.py            # SmolLM2-135M with LoRA, prompts of data/train.json, 48 new tokens
+    python benchmarks/bench_generation.py --dtypes bfloat16 --model outputs/demo_backbone --new_tokens 96    # responses that end
 
 Both sides draw at temperature 1 without limits, in turn in one process; stock is a PEFT model as `PeftModel.from_pretrained` returns it.
 """
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parts.chat_templates import encode_prompts, load_template
 from parts.files import REPOSITORY
@@ -28,6 +29,10 @@ from parts.models import load_tokenizer
 from parts.sampling import Decoding
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
+
+
+def load(name: str, dtype: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
 
 
 def stock_generate(model: PeftModel, prompts: list[list[int]], batch_size: int, new_tokens: int, eos: int) -> int:
@@ -50,8 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--new_tokens", type=int, default=48)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--model", default=MODEL)
     words = parser.parse_args()
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(words.model)
     template = load_template("tokenizer", tokenizer)
     rows = json.loads((REPOSITORY / "data" / "train.json").read_text(encoding="utf-8"))[:64]
     prompts = encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])
@@ -59,39 +66,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapters = [f"{folder}/step_{step}" for step in range(6)]
         lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
-        get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), lora).save_pretrained(adapters[0])
+        get_peft_model(load(words.model, "float32"), lora).save_pretrained(adapters[0])
         for other in adapters[1:]:
             Path(other).symlink_to(adapters[0])
 
-        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapters[0]).eval()
-        for batch_size in (16, 64):
-            engine = HFEngine(MODEL, tokenizer, "cpu", batch_size)
-            ratios = []
-            for turn in range(words.turns):
-                start = time.perf_counter()
-                theirs = stock_generate(stock, prompts, batch_size, words.new_tokens, eos) / (time.perf_counter() - start)
-                drawn: list[int] = []
-                start = time.perf_counter()
-                engine.generate(adapters[0], prompts, decoding, turn, range(64), lambda place, tokens: drawn.append(len(tokens)))  # noqa: B023
-                ours = sum(drawn) / (time.perf_counter() - start)
-                ratios.append(ours / theirs)
-                print(f"  batch {batch_size}: {ours:.0f} tokens/s, model.generate {theirs:.0f}", flush=True)
-            print(f"batch {batch_size}: {statistics.median(ratios):.2f} times model.generate ({min(ratios):.2f} to {max(ratios):.2f})")
-        del stock
+        for dtype in words.dtypes:
+            stock = PeftModel.from_pretrained(load(words.model, dtype), adapters[0]).eval()
+            for batch_size in (16, 32, 64):
+                engine = HFEngine(words.model, tokenizer, "cpu", batch_size, dtype=dtype)
+                ratios = []
+                for turn in range(words.turns):
+                    start = time.process_time()
+                    theirs = stock_generate(stock, prompts, batch_size, words.new_tokens, eos) / (time.process_time() - start)
+                    drawn: list[int] = []
+                    start = time.process_time()
+                    engine.generate(adapters[0], prompts, decoding, turn, range(64), lambda place, tokens: drawn.append(len(tokens)))  # noqa: B023
+                    ours = sum(drawn) / (time.process_time() - start)
+                    ratios.append(ours / theirs)
+                    print(f"  {dtype}, batch {batch_size}: {ours:.0f} tokens a CPU second, model.generate {theirs:.0f}", flush=True)
+                print(f"{dtype}, batch {batch_size}: {statistics.median(ratios):.2f} times model.generate "
+                      f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)  # fmt: skip
+            del stock
 
-        some = prompts[:16]
-        start = time.perf_counter()
-        for adapter in adapters:
-            fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter)
-            stock_generate(fresh.merge_and_unload().eval(), some, 16, words.new_tokens, eos)
-        one_by_one = time.perf_counter() - start
-        start = time.perf_counter()
-        engine = HFEngine(MODEL, tokenizer, "cpu", 16)
-        for adapter in adapters:
-            engine.generate(adapter, some, decoding, 0, range(16), lambda place, tokens: None)
-        once = time.perf_counter() - start
-        print(f"six checkpoints, 16 rows each: {one_by_one / once:.2f} times as fast as a load, merge and model.generate for each "
-              f"({once:.1f} s against {one_by_one:.1f} s)")  # fmt: skip
+            some = prompts[:16]
+            start = time.process_time()
+            for adapter in adapters:
+                fresh = PeftModel.from_pretrained(load(words.model, dtype), adapter)
+                stock_generate(fresh.merge_and_unload().eval(), some, 16, words.new_tokens, eos)
+            one_by_one = time.process_time() - start
+            start = time.process_time()
+            engine = HFEngine(words.model, tokenizer, "cpu", 16, dtype=dtype)
+            for adapter in adapters:
+                engine.generate(adapter, some, decoding, 0, range(16), lambda place, tokens: None)
+            once = time.process_time() - start
+            print(f"{dtype}, six checkpoints, 16 rows each: {one_by_one / once:.2f} times as fast as a load, merge and model.generate for each "
+                  f"({once:.1f} CPU seconds against {one_by_one:.1f})", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, run_script
+from conftest import REPOSITORY, ROWS, run_script
 from test_best_of_n import SAMPLES, evaluation_words, run_inside
 from test_pipeline import metrics, ppo_words
 from test_processes import launcher
@@ -96,9 +96,13 @@ def test_engines_that_cannot_be_had(tiny_model, rows_file, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not REAL, reason="vLLM is not installed")
-def test_two_steps_with_vllm_itself(tiny_model, rows_file, tmp_path):
-    words = ppo_words(tiny_model, rows_file, tmp_path / "run", rollout_engine="vllm", overall_steps=2, save_freq=2, learning_rate=0.01)
+def test_two_steps_with_vllm_itself(rows_file, tmp_path):
+    """On a model that its kernels take; they do not take the tiny one's attention."""
+    model = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+    words = ppo_words(
+        model, rows_file, tmp_path / "run", rollout_engine="vllm", overall_steps=2, save_freq=2, learning_rate=0.001, bf16="true"
+    )
     done = run_script(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     for row in metrics(tmp_path / "run"):
-        assert math.isfinite(row["rollout/kl"]) and row["rollout/logprob_difference"] < 0.05
+        assert math.isfinite(row["rollout/kl"]) and 0 < row["rollout/logprob_difference"] < 0.2
