@@ -22,6 +22,10 @@ And best-of-n, on several samples a row (`evaluation.py --num_samples`): what go
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import os
 import re
 from collections.abc import Mapping, Sequence

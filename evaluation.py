@@ -20,6 +20,10 @@ unfinished one continues from the rows in <file>.partial. Finished rollouts are 
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import os
 import shutil
 import statistics
@@ -156,7 +160,10 @@ def read_checkpoints(settings: EvaluationSettings) -> list[Checkpoint]:
     if settings.peft_model_name:
         checkpoints = find_adapters(settings.peft_model_name)
         for point in checkpoints:
-            check_adapter(point.folder, plain=settings.engine == "vllm")
+            if not point.is_whole:
+                check_adapter(point.folder, plain=settings.engine == "vllm")
+            elif settings.engine == "vllm":
+                raise InputError(f"{point.folder}: a whole model, expected it as --base_model_name with --engine vllm")
             if not point.trained and not settings.chat_template_name:
                 raise InputError(f"{point.folder}: no record of a training run, expected --chat_template_name")
         return checkpoints
@@ -250,6 +257,8 @@ def digest_weights(checkpoint: Checkpoint) -> list[str]:
     """What tells an adapter's weights from others; nothing for the base model alone. Raises InputError for an adapter without any."""
     if isinstance(checkpoint, BaseModel):
         return []
+    if checkpoint.is_whole:
+        return [model_identity(str(checkpoint.folder))]
     files = (checkpoint.folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
     weights = next((file for file in files if file.is_file()), None)
     if weights is None:
@@ -384,6 +393,9 @@ def main() -> None:
     checkpoints = read_checkpoints(settings)
     for evaluation in settings.evaluations:
         read_decoding(settings, evaluation)
+    for point in checkpoints:
+        if bits := next((bits for bits in (8, 4) if point.trained.get(f"load_in_{bits}bit")), None):
+            print(f"{point.folder}: trained on the base model in {bits} bits; responses are drawn with its whole weights")
     data, baseline, instances = [], None, []
     if "alpaca" in settings.evaluations:
         data = read_instructions(settings, checkpoints)

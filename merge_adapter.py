@@ -9,6 +9,10 @@ adapter's where it has one, else the base's. `training_record.json` says what wa
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +39,8 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
     adapters = find_adapters(settings.adapter)
     if len(adapters) != 1:
         raise InputError(f"{len(adapters)} adapters, expected one")
+    if adapters[0].is_whole:
+        raise InputError(f"{adapters[0].folder}: all of a model's weights already, expected an adapter to merge")
     base = settings.base_model_name or adapter_base(adapters[0].folder)
     check_model_name(base)
     if (Path(base) / "adapter_config.json").is_file():

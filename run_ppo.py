@@ -20,6 +20,10 @@ On GPUs, the paper's run (`--config configs/paper.yaml` sets what the published 
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import functools
 import itertools
 import os
@@ -32,7 +36,7 @@ from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import check_writable, clear_leftovers, write_json
 from parts.locks import hold
-from parts.models import check_model_name, check_tokenizer_name, check_vllm, load_tokenizer, read_facts
+from parts.models import check_bits, check_model_name, check_tokenizer_name, check_vllm, load_tokenizer, read_facts
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
     MetricsLog,
@@ -119,7 +123,12 @@ class PPOSettings(RewardSettings):
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
 
-    lora_r: int = setting(8, "LoRA rank", least=1, group=("LoRA", ""))
+    use_peft: bool = setting(
+        True, "train LoRA; false trains all weights, against a copy of them: a checkpoint is a whole model", group=("LoRA", "")
+    )
+    load_in_8bit: bool = setting(False, "base weights in 8 bits under LoRA (bitsandbytes)")
+    load_in_4bit: bool = setting(False, "base weights in 4 bits under LoRA (bitsandbytes, nf4)")
+    lora_r: int = setting(8, "LoRA rank", least=1)
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
@@ -148,6 +157,14 @@ class PPOSettings(RewardSettings):
             raise InputError("--batch_size is 1 on one process, expected at least 2: rewards are normalised by their deviation")
         if self.value_warmup_steps >= self.overall_steps:
             raise InputError(f"--value_warmup_steps is {self.value_warmup_steps}, expected fewer than overall_steps = {self.overall_steps}")
+        check_bits(self.load_in_8bit, self.load_in_4bit)
+        quantized = self.load_in_8bit or self.load_in_4bit
+        if quantized and not self.use_peft:
+            raise InputError("--use_peft=false trains all weights, expected them whole, not --load_in_8bit or --load_in_4bit")
+        if self.bf16 and not self.use_peft:
+            raise InputError("--use_peft=false with --bf16: small updates would be rounded away, expected float32, or DeepSpeed's bf16")
+        if quantized and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise InputError("--load_in_8bit and --load_in_4bit under DeepSpeed, expected a launch file without it")
 
     @property
     def dataset_fields(self) -> dict[str, tuple[str, ...] | None]:
@@ -277,7 +294,7 @@ def main() -> None:
     dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
     facts.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")
 
-    # 3. Policy, reference (the policy with its adapter disabled), value head, optimizer: TRL's trainer. Then the reward.
+    # 3. Policy, reference (the policy with its adapter disabled, or a copy), value head, optimizer: TRL's trainer. Then the reward.
     import torch
     from accelerate.utils import set_seed
     from tqdm import tqdm

@@ -16,6 +16,10 @@ from the last of its checkpoints, which are kept in `<output_dir>.unfinished` un
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import os
 import random
 import shlex

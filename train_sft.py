@@ -21,6 +21,10 @@ command resumes from the last of its checkpoints, kept in <output_dir>.unfinishe
 
 from __future__ import annotations
 
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import math
 import os
 import shlex

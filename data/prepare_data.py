@@ -16,21 +16,26 @@ resumes with the files that are complete in the cache.
 
 from __future__ import annotations
 
+import os
+import sys
+
+# The modules lie one folder up, which Python does not search for a script in a folder of its own.
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
-
-# The modules lie one folder up, which Python does not search for a script in data/.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main

@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import os
 import sys
+
+# The modules lie one folder up, which Python does not search for a script in a folder of its own.
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import Tokens, examine, index_prompts

@@ -14,12 +14,20 @@ by side, seed by seed; stopped at any moment, the same command resumes each wher
 
 from __future__ import annotations
 
+import os
+import sys
+
+# The modules lie one folder up, which Python does not search for a script in a folder of its own.
+sys.path.insert(0, os.path.realpath(f"{__file__}/../.."))
+
+import parts  # noqa: F401 - first, so that a signal is one line from here on
+
+# isort: split
+
 import gzip
 import json
-import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,17 +38,15 @@ import numpy as np
 import yaml
 from scipy.stats import sem
 
+from parts.cli import Settings, parse_settings, setting
+from parts.errors import InputError, run_main
+from parts.files import atomic_path, file_digest, read_json, read_text, write_json
+from parts.overlap import rouge_l
+from parts.rank_statistics import together
+from parts.rows import read_rows
+from parts.runs import checkpoints_of, meta_path, provenance
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from parts.cli import Settings, parse_settings, setting  # noqa: E402
-from parts.errors import InputError, run_main  # noqa: E402
-from parts.files import atomic_path, file_digest, read_json, read_text, write_json  # noqa: E402
-from parts.overlap import rouge_l  # noqa: E402
-from parts.rank_statistics import together  # noqa: E402
-from parts.rows import read_rows  # noqa: E402
-from parts.runs import checkpoints_of, meta_path, provenance  # noqa: E402
-
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
 DESIGNS = {"LI": 1, "LI-RP": 2, "LI-RP-QR": 3, "full": 4}  # how many of the switches are on, from the left
 LEARNED = "learned"

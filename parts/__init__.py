@@ -60,20 +60,21 @@ floor 7, on all of these
     best_of_n_command  the best-of-n command
 """
 
+import _signal as signal  # what `signal` is made of, and at hand: that one takes some milliseconds
 import os
-import signal
 import sys
-from pathlib import Path
 
 
 def _stop(number: int, frame: object) -> None:
-    print("\ninterrupted: nothing was begun", file=sys.stderr, flush=True)
-    os._exit(130)
+    os.write(2, b"\ninterrupted: nothing was begun\n")
+    os._exit(128 + number)
 
 
-# A script of this project that is stopped while it still imports: `parts.errors.run_main` takes over from here.
-_main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "-").resolve()
-if _main.suffix == ".py" and _main.parent in (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent / "data"):
+# A script of this project that is stopped while it still imports: `parts.errors.run_main` takes over from here. Scripts import this
+# module before any other, and it imports only what Python has at hand.
+_home = os.path.realpath(f"{__file__}/../..")
+_main = os.path.realpath(getattr(sys.modules.get("__main__"), "__file__", None) or "-")
+if _main.endswith(".py") and os.path.split(_main)[0] in (_home, f"{_home}/data", f"{_home}/examples"):
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:  # as a shell starts what runs behind it
             signal.signal(_number, _stop)

@@ -73,7 +73,7 @@ def generate_responses(
 
 
 class HFEngine:
-    """Rollouts of adapters on one base model by transformers; the base is loaded once.
+    """Rollouts of adapters on one base model by transformers; the base is loaded once, and only where it is needed.
 
     Args:
         base: the base model, hub name or folder.
@@ -93,18 +93,18 @@ class HFEngine:
         self.batch_size = batch_size
         self.dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         self._place = {"device": device, "cache_dir": cache_dir}
-        self._model: PreTrainedModel | None = self._load(device, cache_dir)
+        self._model: PreTrainedModel | None = None
         self._checked = False  # once for all adapters of LoRA's two matrices
 
-    def _load(self, device: str, cache_dir: str | None) -> PreTrainedModel:
-        model = load_causal_lm(self.name_or_path, getattr(torch, self.dtype), cache_dir)
+    def _load(self, name_or_path: str, device: str, cache_dir: str | None) -> PreTrainedModel:
+        model = load_causal_lm(name_or_path, getattr(torch, self.dtype), cache_dir)
         return use_onednn(model.to(device).eval().requires_grad_(False))
 
     @property
     def model(self) -> PreTrainedModel:
-        """The base, loaded again where an adapter did not leave it as it was."""
+        """The base, loaded at its first use, and again where an adapter did not leave it as it was."""
         if self._model is None:
-            self._model = self._load(**self._place)
+            self._model = self._load(self.name_or_path, **self._place)
         return self._model
 
     def generate(
@@ -122,12 +122,15 @@ class HFEngine:
     ) -> None:
         """One response to each prompt, handed to `finished(place, token ids)` as it is done.
 
-        It is the base model's with `adapter`, or that of the base model itself where there is none.
+        It is the base model's with `adapter`, that of the base model itself where there is none, or that of a whole model in its place.
         """
         how = (decoding, self.batch_size, seed, description, rows, finished, stream, samples, ends)
-        if adapter is None:
-            check_sampling(self.model)
-            generate_responses(self.model, self.tokenizer, prompts, *how)
+        if adapter is None or not (Path(adapter) / "adapter_config.json").is_file():
+            if adapter is not None:
+                self._model = None  # two models need not fit
+            model = self.model if adapter is None else self._load(adapter, **self._place)
+            check_sampling(model)
+            generate_responses(model, self.tokenizer, prompts, *how)
             return
         model, plain = put_on(self.model, adapter, self.name_or_path), gives_base_back(adapter)
         try:

@@ -27,7 +27,7 @@ from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, own_source
 from parts.cpu_speed import most_tokens, use_onednn
 from parts.errors import InputError
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
-from parts.models import adapter_base, loading, model_identity
+from parts.models import adapter_base, in_bits, loading, model_identity
 from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
@@ -335,16 +335,9 @@ def _load_model(
     placement = {"device_map": "auto"} if cuda and device is None else {}
     labels = {"num_labels": 1} if new_head else {}
     if settings.quantized:
-        from transformers import BitsAndBytesConfig
-
         # The head stays as it is: it is small, and all there is to the score's scale.
-        placement["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=settings.load_in_8bit,
-            load_in_4bit=settings.load_in_4bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["v_head", "score", "classifier"],
-        )
+        heads = ["v_head", "score", "classifier"]
+        placement["quantization_config"] = in_bits(settings.load_in_8bit, settings.load_in_4bit, torch.bfloat16, heads)
     with loading(name_or_path, "a reward model"), quiet_loading() if new_head else nullcontext():
         model, loaded = cls.from_pretrained(
             name_or_path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from parts.cli import Settings, setting
 from parts.errors import InputError
 from parts.files import read_json
-from parts.models import check_model_name
+from parts.models import check_bits, check_model_name
 
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
 
@@ -39,10 +38,7 @@ class GoldSettings(Settings):
             raise InputError(f"--gold_batch_tokens is {self.gold_batch_tokens}, expected at least 1")
         if self.gold_dtype not in ("", "bfloat16", "float32"):
             raise InputError(f"--gold_dtype is {self.gold_dtype!r}, expected bfloat16 or float32")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
-        if self.quantized and importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install bitsandbytes")
+        check_bits(self.load_in_8bit, self.load_in_4bit)
         for name in names:
             check_model_name(name)
         if self.human_assistant_prefix and not any(map(is_starling, names)):

@@ -1,7 +1,7 @@
 """A causal LM's log-probabilities from hidden states, without a whole batch's logits, in the model's own way.
 
     way = WayToLogits(model)
-    logprobs, entropies = TokenLogProbs.apply(hidden, labels, way)
+    logprobs, entropies = token_log_probs(hidden, labels, way)
 
 What stands between the last hidden state and the logits is the model's own matter: most multiply by the output head, others also scale,
 soft-cap, project or normalise. Where it is the head alone, its gradient is worked out by hand; anything else runs as the model has it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from parts.cpu_speed import linear
@@ -35,6 +36,10 @@ class WayToLogits:
     Args:
         model: a causal LM, LoRA layers and all; on the meta device, where nothing can be tried, a linear head is taken for all there is.
 
+    Attributes:
+        is_product: whether the way is the output head and nothing else.
+        is_trained: whether weights on the way are trained, the output head's or others.
+
     Raises:
         InputError: it has no output head, or one whose way cannot be taken alone.
     """
@@ -47,6 +52,8 @@ class WayToLogits:
         if not isinstance(getattr(self.head, "weight", None), torch.Tensor) or self.backbone in (model, None):
             raise InputError("the policy has no output head, expected a causal language model")
         self.backbones = [self.backbone, *({inner} - {self.backbone, model, None})]
+        inside = {id(weight) for weight in self.backbone.parameters()} - {id(weight) for weight in self.head.parameters()}
+        self.is_trained = any(weight.requires_grad and id(weight) not in inside for weight in model.parameters())
         self.is_product = isinstance(self.head, nn.Linear) and (self.head.weight.is_meta or self._is_product())
 
     @torch.no_grad()
@@ -79,6 +86,26 @@ class WayToLogits:
                 del module.forward
                 if forward is not None:
                     module.forward = forward
+
+
+def token_log_probs(hidden: torch.Tensor, labels: torch.Tensor, way: WayToLogits) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tokens, hidden] states and their labels to log-probabilities and entropies, [tokens] each, fp32; these without a gradient.
+
+    Where weights on the way are trained too, the backward pass computes each chunk's logits again, as gradient checkpointing does.
+    """
+    if not (way.is_trained and torch.is_grad_enabled()):
+        return TokenLogProbs.apply(hidden, labels, way)
+    size = max(1, LOGITS_PER_CHUNK // way.head.weight.shape[0])
+    parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
+    found = [checkpoint(_of_chunk, hidden[part], labels[part], way, use_reentrant=False) for part in parts]
+    logprobs, entropies = (torch.cat(columns) for columns in zip(*found))
+    return logprobs, entropies
+
+
+def _of_chunk(hidden: torch.Tensor, labels: torch.Tensor, way: WayToLogits) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs = (way.head(hidden) if way.is_product else way(hidden)).float().log_softmax(dim=-1)
+    known = logprobs.detach()
+    return logprobs.gather(1, labels[:, None]).squeeze(1), -(known.exp() * known).sum(dim=1)
 
 
 class TokenLogProbs(torch.autograd.Function):

@@ -1,8 +1,9 @@
-"""Models by name: which can be loaded, where they run, and their tokenizers."""
+"""Models by name: which can be loaded, where they run, in how many bits, and their tokenizers."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from parts.files import REPOSITORY, digest, file_digest, read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOCAL_PREFIXES = ("models/", "outputs/", "assets/", "/", ".", "~")  # names that can only be folders, never on a hub
 MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its size and time of change
@@ -79,6 +80,41 @@ def check_device(name: str) -> None:
     here["xpu"] = torch.xpu.device_count() if hasattr(torch, "xpu") else 0
     if (device.index or 0) >= here.get(device.type, 0):
         raise InputError(f"--device is {name!r}, and PyTorch finds no such device here")
+
+
+def check_bits(load_in_8bit: bool, load_in_4bit: bool) -> None:
+    """Raise InputError for weights in 8 and in 4 bits at once, or in either where bitsandbytes is missing."""
+    if load_in_8bit and load_in_4bit:
+        raise InputError("--load_in_8bit and --load_in_4bit are both set, expected one of them")
+    if (load_in_8bit or load_in_4bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "--load_in_8bit and --load_in_4bit need bitsandbytes, which is not installed: pip install -r requirements/quantized.txt"
+        )
+
+
+def in_bits(
+    load_in_8bit: bool, load_in_4bit: bool, computed_in: torch.dtype, whole: list[str] | None = None, outliers: float = 6.0
+) -> BitsAndBytesConfig | None:
+    """How transformers loads weights in 8 bits (LLM.int8) or 4 (nf4); None for neither.
+
+    Args:
+        computed_in: the dtype that 4-bit weights are multiplied in.
+        whole: modules that stay as they are; by default transformers' choice, a language model's output head.
+        outliers: columns of a batch's inputs beyond this are multiplied whole by 8-bit weights; with 0 a row depends on no other row.
+    """
+    if not (load_in_8bit or load_in_4bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product in 8 bits
+    return BitsAndBytesConfig(
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        llm_int8_threshold=outliers,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=computed_in,
+        llm_int8_skip_modules=whole,
+    )
 
 
 def adapter_base(adapter: str | Path) -> str:

@@ -10,7 +10,7 @@ import functools
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +19,7 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 from parts.cli import did_you_mean
 from parts.cpu_speed import use_onednn
 from parts.errors import InputError
-from parts.models import load_causal_lm, loading
+from parts.models import in_bits, load_causal_lm, loading
 from parts.ppo_trainer import FastPPOTrainer
 from parts.processes import join_processes
 
@@ -91,12 +91,26 @@ def lora_targets(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithValueHead:
-    """The policy with LoRA and a value head. The reference model is the same weights with the adapter disabled."""
+    """The policy with a value head.
+
+    With LoRA, on whole or quantised weights, the reference model is the policy with its adapter disabled. Without, all weights are
+    trained, and TRL copies them for the reference.
+    """
     set_seed(settings.seed)  # the same new weights on every rank
     # LoRA and the value head stay in fp32 on bf16 weights; DeepSpeed keeps fp32 masters of its own.
     deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if settings.bf16 or deepspeed_bf16 else torch.float32
-    model = load_causal_lm(settings.model_name, dtype, settings.cache_dir or None)
+    bits = in_bits(settings.load_in_8bit, settings.load_in_4bit, dtype, outliers=0.0)  # of other rows, which would move the ratios
+    place = {"device_map": {"": accelerator.device}} if bits else {}
+    model = load_causal_lm(settings.model_name, dtype, settings.cache_dir or None, quantization_config=bits, **place)
+    for module in model.modules() if bits else ():
+        # On a CPU 4-bit weights take another layout at the first pass without gradients, through which no gradient ever goes again.
+        module.support_avx512bf16_for_cpu = False
+        if type(module).__name__ == "Linear8bitLt" and accelerator.device.type == "cpu":
+            # In eval mode the inputs would be rounded to 8 bits too, and a last digit would move log-probabilities by tenths of a nat.
+            module.register_forward_pre_hook(lambda layer, inputs: setattr(layer, "training", True))
+    if not settings.use_peft:
+        return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model))
     targets = lora_targets(model, settings.lora_target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -107,7 +121,8 @@ def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithV
         target_modules=targets,
     )
     with loading(settings.model_name, f"a policy with LoRA on {', '.join(settings.lora_target_modules)}"):
-        return AutoModelForCausalLMWithValueHead.from_pretrained(use_onednn(model.requires_grad_(False)), peft_config=lora)
+        # TRL, left to put LoRA on quantised weights, would switch gradient checkpointing on.
+        return AutoModelForCausalLMWithValueHead.from_pretrained(get_peft_model(use_onednn(model.requires_grad_(False)), lora), **place)
 
 
 def optimizer_setup(settings, policy: AutoModelForCausalLMWithValueHead, world_size: int) -> dict:
@@ -118,10 +133,10 @@ def optimizer_setup(settings, policy: AutoModelForCausalLMWithValueHead, world_s
     own_head = settings.value_learning_rate or settings.value_warmup_steps
     if not (settings.use_optimizer_setup or own_head):
         return {}
-    lora = [weight for weight in policy.pretrained_model.parameters() if weight.requires_grad]
+    trained = [weight for weight in policy.pretrained_model.parameters() if weight.requires_grad]
     head = list(policy.v_head.parameters())
     head_group = {"params": head, "lr": settings.value_learning_rate or settings.learning_rate}
-    groups = [{"params": lora}, head_group] if own_head else [{"params": lora + head}]
+    groups = [{"params": trained}, head_group] if own_head else [{"params": trained + head}]
     optimizer = (torch.optim.AdamW if settings.use_optimizer_setup else torch.optim.Adam)(groups, lr=settings.learning_rate)
     factors = [functools.partial(_rate_factor, settings, world_size, begin) for begin in (settings.value_warmup_steps, 0)]
     return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors[: len(groups)])}

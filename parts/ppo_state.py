@@ -1,8 +1,9 @@
-"""Checkpoints of a PPO run: a PEFT adapter that anyone can load, and beside it all that the run needs to go on bit for bit.
+"""Checkpoints of a PPO run: weights that anyone can load, and beside them all that the run needs to go on bit for bit.
 
 A checkpoint folder holds
 
-    adapter_model.safetensors, adapter_config.json, README.md    the adapter (`PeftModel.from_pretrained`) and its card
+    adapter_model.safetensors, adapter_config.json, README.md    the adapter (`PeftModel.from_pretrained`) and its card, or with
+                                                                 --use_peft=false the whole model with its tokenizer
     value_head.safetensors                                       the value head
     training_record.json                                         settings, seed, commit, package versions, reward design
     development_rollouts.json                                    responses to the development prompts, with their scores
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from parts.errors import InputError
 from parts.files import atomic_path, clear_leftovers, file_digest, is_same_path, read_json, remove_folder, write_json
+from parts.models import load_causal_lm
 from parts.processes import is_first_process, launched_processes
 from parts.rewards import reward_name
 from parts.runs import RECORD, interrupted_path, provenance
@@ -46,7 +48,7 @@ HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "lo
             "output_dir", "logging_dir", "exp_name", "embedding_cache"}  # fmt: skip
 # Settings whose old values come back with the optimiser, the schedule and the KL controller, or that shape the weights.
 IN_THE_STATE = ("learning_rate", "value_learning_rate", "value_warmup_steps", "use_optimizer_setup", "warmup_ratio", "init_kl_coef",
-                "lora_r", "lora_target_modules")  # fmt: skip
+                "use_peft", "lora_r", "lora_target_modules")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding
@@ -93,12 +95,21 @@ def fault(folder: Path) -> str | None:
         for name, kind in (("step", int), ("processes", int), ("settings", dict), ("reward_source", dict), ("data", dict), ("start", dict)):
             if not isinstance(record.get(name), kind):
                 return f"{folder / RECORD}: '{name}' is missing, expected the record of a training run"
-        for name in ("adapter_model", "value_head", *(f"trainer_state_rank{rank}" for rank in range(record["processes"]))):
-            with safe_open(folder / f"{name}.safetensors", framework="pt"):  # its header, and whether the file is as long as that says
+        states = [f"trainer_state_rank{rank}.safetensors" for rank in range(record["processes"])]
+        for name in (*_weight_files(folder, record["settings"]), "value_head.safetensors", *states):
+            with safe_open(folder / name, framework="pt"):  # its header, and whether the file is as long as that says
                 pass
     except (InputError, OSError, SafetensorError) as error:
-        return str(error) if str(folder) in str(error) else f"{folder / name}.safetensors: {error}"
+        return str(error) if str(folder) in str(error) else f"{folder / name}: {error}"
     return None
+
+
+def _weight_files(folder: Path, trained: Mapping) -> list[str]:
+    """The names of the files of a checkpoint's weights, an adapter's or a whole model's."""
+    if trained.get("use_peft", True):
+        return ["adapter_model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
 
 
 def check_settings(folder: Path, settings, processes: int) -> None:
@@ -165,6 +176,8 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
                 raise ValueError(f"the weights of the {len(states)} processes differ, they no longer train one model")
             with atomic_path(folder) as temporary:
                 policy.pretrained_model.save_pretrained(temporary)
+                if not policy.is_peft_model:
+                    trainer.tokenizer.save_pretrained(temporary)
                 (temporary / "README.md").write_text(_card(record), encoding="utf-8")
                 head = {name: weight.contiguous() for name, weight in policy.v_head.state_dict().items()}
                 save_file(head, temporary / "value_head.safetensors")
@@ -316,10 +329,13 @@ def _card(record: dict) -> str:
         design = f"the white-box proxy reward with {record['design']}"
     development = "".join(f"| {name.removeprefix('dev/')} | {value:.4f} |\n" for name, value in record.get("development", {}).items())
     listed = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
+    library, tags, what = (
+        ("peft", "ppo, lora, rlhf", "A LoRA adapter for") if settings["use_peft"] else ("transformers", "ppo, rlhf", "All weights of")
+    )
     return (
-        f"---\nbase_model: {json.dumps(settings['model_name'])}\nlibrary_name: peft\ntags: [ppo, lora, rlhf]\n---\n\n"
+        f"---\nbase_model: {json.dumps(settings['model_name'])}\nlibrary_name: {library}\ntags: [{tags}]\n---\n\n"
         f"# {settings['exp_name']}, step {record['step']}\n\n"
-        f"A LoRA adapter for `{settings['model_name']}`, trained with PPO against {design}. Training prompts: `{settings['dataset_path']}`; "
+        f"{what} `{settings['model_name']}`, trained with PPO against {design}. Training prompts: `{settings['dataset_path']}`; "
         f"chat template: `{settings['chat_template_name']}`; commit {record['commit']}.\n\n"
         + (f"Development prompts (`{settings['dev_prompt_path']}`), mean scores:\n\n| score | mean |\n|---|---|\n{development}\n" if development else "")
         + f"| setting | value |\n|---|---|\n{listed}"
@@ -399,15 +415,20 @@ def load(trainer: FastPPOTrainer, folder: Path) -> dict:
 
     accelerator = trainer.accelerator
     path = folder / f"trainer_state_rank{accelerator.process_index}.safetensors"
+    policy = accelerator.unwrap_model(trainer.model)
     try:
-        adapter, head = load_file(folder / "adapter_model.safetensors"), load_file(folder / "value_head.safetensors")
+        head = load_file(folder / "value_head.safetensors")
+        adapter = load_file(folder / "adapter_model.safetensors") if policy.is_peft_model else {}
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be resumed from ({error})") from None
-    policy = accelerator.unwrap_model(trainer.model)
-    set_peft_model_state_dict(policy.pretrained_model, adapter)
+    if policy.is_peft_model:
+        set_peft_model_state_dict(policy.pretrained_model, adapter)
+    else:  # by transformers, which keeps some families' weights in files otherwise than in the model
+        dtype = next(policy.pretrained_model.parameters()).dtype
+        policy.pretrained_model.load_state_dict(load_causal_lm(str(folder), dtype).state_dict())
     policy.v_head.load_state_dict(head)
 
     optimizer, masters = _optimizer(trainer)

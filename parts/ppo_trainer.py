@@ -39,7 +39,7 @@ from trl.trainer import RunningMoments
 from parts.batching import batches_by_length
 from parts.cpu_speed import short_sequences, train_faster
 from parts.errors import InputError
-from parts.logprobs import TokenLogProbs, WayToLogits
+from parts.logprobs import WayToLogits, token_log_probs
 from parts.packing import Rollouts, attention_within, can_pack, longest
 from parts.rows import QTYPES
 from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, sample
@@ -73,7 +73,7 @@ def predict_or_forward(
     input_ids = inputs["input_ids"]
     way = way or WayToLogits(base_model(policy))
     hidden = way.backbone(**inputs, use_cache=False).last_hidden_state[rows, columns]
-    logprobs, entropies = TokenLogProbs.apply(hidden, input_ids[rows, columns + 1], way)
+    logprobs, entropies = token_log_probs(hidden, input_ids[rows, columns + 1], way)
     return logprobs, entropies, policy.v_head(hidden).squeeze(-1).float()
 
 
@@ -87,12 +87,10 @@ def _teach_to_predict(policy: nn.Module) -> Callable:
     """Give a policy the forward pass above, and return it. It is set on the object: DDP, DeepSpeed and autocast call it through their own.
 
     Raises:
-        InputError: there is no output head, or weights are trained that the gradients of `TokenLogProbs` leave out.
+        InputError: there is no output head, or an adapter trains it.
     """
-    model = base_model(policy)
-    way = WayToLogits(model)
-    inside = {id(weight) for weight in way.backbone.parameters()} - {id(weight) for weight in way.head.parameters()}
-    if any(weight.requires_grad and id(weight) not in inside for weight in model.parameters()):
+    way = WayToLogits(base_model(policy))
+    if way.is_trained and policy.is_peft_model:
         raise InputError("the policy's output head is among the trained modules, expected LoRA on other modules")
     policy.forward = forward = functools.partial(predict_or_forward, policy, way=way)
     return forward

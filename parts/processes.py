@@ -69,7 +69,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.asked = True
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
 A run is named by `--output_dir`, `outputs/full` for example. It leaves
 
-    outputs/full_step_<k>/                           a checkpoint: an adapter and training_record.json (`parts.ppo_state`)
+    outputs/full_step_<k>/                           a checkpoint: an adapter (or all weights) and training_record.json (`parts.ppo_state`)
         alpaca-eval-full_step_<k>.json               its rollouts, from evaluation.py
         samples-full_step_<k>.jsonl                  several rollouts of each row, from evaluation.py --num_samples
         superni-full_step_<k>.json                   its answers to Super-NaturalInstructions, from evaluation.py
@@ -105,8 +105,18 @@ class Checkpoint:
 
     @property
     def adapter(self) -> str | None:
-        """What the base model is loaded with."""
+        """What the base model is loaded with, or what takes its place."""
         return str(self.folder)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a checkpoint of a run that trained all weights, and so a model that needs no base."""
+        return self.trained.get("use_peft") is False and (self.folder / "config.json").is_file()
+
+    @property
+    def can_be_loaded(self) -> bool:
+        """Whether it is an adapter or a whole model."""
+        return (self.folder / ADAPTER).is_file() or self.is_whole
 
     @property
     def name(self) -> str:
@@ -191,20 +201,21 @@ def checkpoints_of(output_dir: str | Path) -> list[Checkpoint]:
 
 
 def find_adapters(patterns: Sequence[str]) -> list[Checkpoint]:
-    """The adapter folders that names and patterns stand for, each once, in order (of steps, within a pattern).
+    """The folders of adapters, or of checkpoints of whole models, that names and patterns stand for, each once, in order (of steps, within
+    a pattern).
 
     Raises:
-        InputError: a name that is no adapter folder, or a pattern that matches none.
+        InputError: a name that is neither, or a pattern that matches none.
     """
     adapters: list[Checkpoint] = []
     for pattern in patterns:
         matches = [Checkpoint(Path(pattern))]
         if glob.has_magic(pattern) and not Path(pattern).is_dir():  # a name is a name first
-            matches = [point for point in find_checkpoints(pattern) if (point.folder / ADAPTER).is_file()]
+            matches = [point for point in find_checkpoints(pattern) if point.can_be_loaded]
             if not matches:
                 raise InputError(f"{pattern}: matches no checkpoint folder")
         for point in matches:
-            if not (point.folder / ADAPTER).is_file():
+            if not point.can_be_loaded:
                 raise InputError(f"{point.folder}: no {ADAPTER}, expected a checkpoint folder")
             if not any(point.folder.samefile(other.folder) for other in adapters):
                 adapters.append(point)

@@ -227,7 +227,7 @@ def test_interrupted_it_goes_on_and_repeats_no_request(api, tmp_path, run_here):
     time.sleep(1)
     api.release.set()
     assert "interrupted: what was finished is kept" in process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert not (tmp_path / "out.json").exists()
     partial = tmp_path / "out.json.partial.jsonl"
     finished = len(partial.read_text(encoding="utf-8").splitlines())

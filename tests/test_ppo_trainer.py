@@ -112,13 +112,20 @@ def test_same_numbers_with_response_masks(tiny_model):
     compare(stock, fast, masks=masks)
 
 
-def test_same_numbers_without_peft(tiny_model):
-    """The full model is trained except its output head, against a copy of itself."""
+@pytest.mark.parametrize("head", ["tied", "own", "scaled", "frozen"])
+def test_same_numbers_without_peft(tiny_model, monkeypatch, head):
+    """The whole model is trained, its output head too, against a copy of itself; in chunks of some tokens."""
+    from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    monkeypatch.setattr("parts.logprobs.LOGITS_PER_CHUNK", 3 * 400)
 
     def make(cls):
         torch.manual_seed(0)
-        policy = AutoModelForCausalLMWithValueHead.from_pretrained(str(tiny_model))
-        policy.pretrained_model.model.embed_tokens.requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(str(tiny_model), tie_word_embeddings=head in ("tied", "frozen"))
+        if head == "scaled":  # what stands between states and logits is more than a product
+            model = GraniteForCausalLM(GraniteConfig(**{**model.config.to_dict(), "logits_scaling": 4.0, "attention_multiplier": 0.3}))
+        model.get_output_embeddings().requires_grad_(head != "frozen")
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(model)
         config = PPOConfig(batch_size=BATCH, mini_batch_size=4, ppo_epochs=1, learning_rate=5e-5)
         return cls(config, policy, ref_model=None, tokenizer=load_tokenizer(str(tiny_model)))
 
