@@ -35,12 +35,14 @@ from typing import TYPE_CHECKING
 import yaml
 
 from parts.adapters import check_adapter
+from parts.chat_templates import TOKENIZER_OWN
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
 from parts.files import digest, file_digest, read_text, write_json, write_json_lines
 from parts.locks import hold
 from parts.models import check_device, check_model_name, check_vllm, model_identity
+from parts.processes import is_first_process
 from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
 from parts.runs import BaseModel, Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, samples_path, superni_path
@@ -86,7 +88,9 @@ class EvaluationSettings(Settings):
     superni_dir: str = setting("data/natural-instructions", "clone of allenai/natural-instructions", path=True)
     superni_tasks: list[str] = setting([], "task names; by default the test tasks of the default track")
     superni_instances: int = setting(100, "instances per task, the first ones", least=1)
-    chat_template_name: str = setting("", "prompt template; empty means the one the checkpoint was trained with")
+    chat_template_name: str = setting(
+        "", "prompt template; empty means the one that the record names; for a base model without one its tokenizer's own, or alpaca"
+    )
     decoding: str = setting("configs/decoding.yaml", "decoding settings by evaluation", path=True)
     max_new_tokens: int = setting(0, "longest response in tokens; 0 means what the decoding file says", least=0)
     temperature: float = setting(-1.0, "sampling temperature, 0 is greedy; below 0 means what the decoding file says")
@@ -178,6 +182,18 @@ def read_instructions(settings: EvaluationSettings, checkpoints: Sequence[Checkp
             f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
         )
     return check_rows(settings.data_path, {"instruction": None}, against=training_files(checkpoints))
+
+
+def template_name(settings: EvaluationSettings, point: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the template of a checkpoint's prompts: the flag's, its record's, or for a base model without one what its tokenizer has."""
+    named = settings.chat_template_name or point.trained.get("chat_template_name") or point.record.get("template")
+    if named or not isinstance(point, BaseModel):
+        return named or "alpaca"
+    name = TOKENIZER_OWN if isinstance(tokenizer.chat_template, str) else "alpaca"
+    why = "its tokenizer's own" if name == TOKENIZER_OWN else "'alpaca', since its tokenizer has none"
+    if is_first_process():
+        print(f"{settings.base_model_name}: no record names a chat template, prompts have {why} (--chat_template_name names another)")
+    return name
 
 
 @dataclass(frozen=True)
@@ -418,7 +434,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(checkpoints[0].trained.get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
     model = read_facts(settings.base_model_name, tokenizer, settings.cache_dir or None)
-    names = {point: settings.chat_template_name or point.trained.get("chat_template_name", "alpaca") for point in checkpoints}
+    names = {point: template_name(settings, point, tokenizer) for point in checkpoints}
     templates = {point: load_template(name, tokenizer) for point, name in names.items()}
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, model, device)

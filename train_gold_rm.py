@@ -11,7 +11,8 @@ was not compared with; every ranking brings damaged texts, unless --damaged_text
 repeating itself or cut short.
 
 The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. After an interruption the same command resumes
-from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end.
+from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end; with other settings or preferences it is
+refused (--overwrite=true begins anew).
 """
 
 from __future__ import annotations
@@ -31,16 +32,29 @@ from typing import TYPE_CHECKING
 
 from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, clear_leftovers, read_json, write_json
+from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
 from parts.locks import hold
-from parts.models import adapter_base, check_model_name, loading
+from parts.models import adapter_base, check_model_name, loading, model_identity
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.rows import is_heldout
-from parts.runs import RECORD, Checkpoint, provenance
+from parts.runs import RECORD, Checkpoint, begin_training, provenance, resumable_training
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+# Settings that do not reach the weights, and names of what is known by its content.
+HARMLESS = {
+    "data_note",
+    "output_dir",
+    "heldout_pairs",
+    "save_steps",
+    "overwrite",
+    "evaluate_only",
+    "preferences",
+    "model_name",
+    "start_from",
+}
 
 
 @dataclass
@@ -69,6 +83,7 @@ class GoldTrainingSettings(Settings):
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
+    overwrite: bool = setting(False, "begin anew where an unfinished training with other settings is in the way")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
     def __post_init__(self) -> None:
@@ -157,8 +172,15 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     return encode_rankings(groups, encode, rng, settings.damaged_texts)
 
 
-def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
-    """Train on a choice of `pairs` and write the adapter to `settings.output_dir`."""
+def training_fingerprint(settings: GoldTrainingSettings) -> str:
+    """What a training depends on: the settings that reach its weights, and the contents of its files."""
+    chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS}
+    models = [model_identity(name) for name in (settings.model_name, settings.start_from) if name]
+    return digest([chosen, models, file_digest(settings.preferences), os.environ.get("WORLD_SIZE", "1")])
+
+
+def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, resumed: Path | None) -> None:
+    """Train on a choice of `pairs`, from the checkpoint `resumed` on where there is one, and write the adapter to `settings.output_dir`."""
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments, set_seed
@@ -188,7 +210,10 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair]) -> None:
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=rankings, data_collator=RankingCollator(settings.max_length))
-    trainer.train(resume_from_checkpoint=any(unfinished.glob("checkpoint-*")))
+    begin_training(unfinished, fingerprint, resumed)
+    if resumed:
+        print(f"resumes from {resumed}")
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
     shutil.rmtree(unfinished)
@@ -284,14 +309,17 @@ def main() -> None:
     check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
     earlier = earlier_training(settings) if settings.start_from else None
     training, heldout = split_pairs(settings, pairs)
+    resumed, fingerprint = None, ""
     if not settings.evaluate_only:
         make_room(Path(settings.output_dir))
+        fingerprint = training_fingerprint(settings)
+        resumed = resumable_training(Path(f"{settings.output_dir}.unfinished"), fingerprint, settings.overwrite)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
 
     # 2. Training.
     if not settings.evaluate_only:
-        train(settings, training)
+        train(settings, training, fingerprint, resumed)
 
     # 3. Accuracy on prompts that training never saw.
     measured = heldout_accuracies(settings, heldout_sample(heldout, settings.heldout_pairs))

@@ -40,7 +40,7 @@ from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_
 from parts.locks import hold
 from parts.models import check_model_name, loading, model_identity
 from parts.processes import is_first_process
-from parts.runs import RECORD, provenance
+from parts.runs import RECORD, begin_training, provenance, resumable_training
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
 
 if TYPE_CHECKING:
@@ -172,12 +172,6 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
     if arguments.world_size != launched:
         raise RuntimeError(f"{arguments.world_size} processes came together, expected {launched} as launched")
     return arguments
-
-
-def last_checkpoint(unfinished: Path) -> Path | None:
-    """The newest whole checkpoint of a begun training: the Trainer writes its state last."""
-    whole = [path for path in unfinished.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def load_model(settings: SFTSettings, mixed_precision: str) -> PreTrainedModel:
@@ -376,28 +370,21 @@ def main() -> None:
     chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS | {"model_name", *files}}
     fingerprint = digest([chosen, model_identity(settings.model_name), files, processes])
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
-    marker = unfinished / "fingerprint"
     if output.exists() and not settings.overwrite:
         if not (output / RECORD).is_file() or read_json(output / RECORD).get("fingerprint") != fingerprint:
             raise InputError(f"{output}: exists already, made otherwise (--overwrite=true replaces it)")
         print(f"{output}: is there already, made as it would be now")
         return
-    begun = marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint
-    checkpoint = last_checkpoint(unfinished)
-    if checkpoint and not begun and not settings.overwrite:
-        raise InputError(f"{unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)")
+    checkpoint = resumable_training(unfinished, fingerprint, settings.overwrite)
 
     # 3. The processes, the model, the Trainer.
     arguments = training_arguments(settings, unfinished)
     is_main = arguments.process_index == 0
-    resumed = str(checkpoint) if checkpoint and begun else None
+    resumed = str(checkpoint) if checkpoint else None
     arguments.eval_on_start = resumed is None
     trainer = make_trainer(settings, load_model(settings, arguments.mixed_precision), arguments, tokenizer.eos_token_id, training, heldout)
     if is_main:
-        if resumed is None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True, exist_ok=True)
-        marker.write_text(fingerprint, encoding="utf-8")
+        begin_training(unfinished, fingerprint, checkpoint)
         learnt = sum(label != NOT_LEARNT for row in training for label in row["labels"])
         print(f"{len(training)} rows to learn from, {learnt} answer tokens; {len(heldout)} rows held out")
         print(f"resumes from {resumed}" if resumed else f"checkpoints: {unfinished}")

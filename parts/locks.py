@@ -32,7 +32,7 @@ def hold(*targets: str | Path) -> None:
     from filelock import FileLock, Timeout
 
     for target in map(Path, targets):
-        path = Path(os.path.realpath(target.parent)) / f".{target.name}.lock"
+        path = _lock_path(target)
         if path in _held:
             continue
         lock = FileLock(path)
@@ -46,6 +46,26 @@ def hold(*targets: str | Path) -> None:
         _held[path] = lock
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         path.write_text(f"process {os.getpid()} on {platform.node()} since {now}: {' '.join(sys.argv)}", encoding="utf-8")
+
+
+def clear_lock(target: str | Path) -> None:
+    """Remove the lock of a killed process from a target that nothing is left to do for; one that is held stays."""
+    from filelock import FileLock, Timeout
+
+    path = _lock_path(Path(target))
+    if path in _held or not path.exists():
+        return
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError):  # somebody's who is about to end, or a folder that is read only
+        return
+    path.unlink(missing_ok=True)
+    lock.release()
+
+
+def _lock_path(target: Path) -> Path:
+    return Path(os.path.realpath(target.parent)) / f".{target.name}.lock"
 
 
 def _holder(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from parts.errors import InputError
 from parts.files import JsonLines, clear_leftovers, read_json
+from parts.locks import clear_lock
 from parts.runs import Checkpoint, meta_path, partial_path
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Job:
         if len(there) == len(self.files):
             print(f"{self.target}: is there already, made as it would be now")
             shutil.rmtree(partial_path(self.target), ignore_errors=True)
+            clear_lock(self.target)
         return len(there) == len(self.files)
 
 

@@ -269,6 +269,30 @@ def choose_checkpoints(settings, prefix: str) -> list[Checkpoint]:
     return checkpoints
 
 
+def resumable_training(unfinished: Path, fingerprint: str, overwrite: bool) -> Path | None:
+    """The newest whole checkpoint of a Trainer that was begun with this fingerprint (it writes its state last); None where there is none.
+
+    Raises:
+        InputError: the training in the folder was begun otherwise, and may not be removed.
+    """
+    whole = [path for path in unfinished.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    newest = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    marker = unfinished / "fingerprint"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint:
+        return newest
+    if newest and not overwrite:
+        raise InputError(f"{unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)")
+    return None
+
+
+def begin_training(unfinished: Path, fingerprint: str, resumed: Path | None) -> None:
+    """Make a Trainer's folder ready: as it is for one that goes on, else empty."""
+    if resumed is None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / "fingerprint").write_text(fingerprint, encoding="utf-8")
+
+
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 

@@ -27,14 +27,12 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a random two-layer Llama (grouped-query attention, tied embeddings) and a trained tokenizer."""
+def save_tiny_model(folder: Path) -> Path:
+    """A random two-layer Llama (grouped-query attention, tied embeddings) and a trained tokenizer, in a folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,17 +52,25 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_gold(tiny_model, tmp_path_factory) -> Path:
-    """A folder with a random one-label sequence classification model on the tiny trunk."""
+def save_tiny_gold(tiny_model: Path, folder: Path) -> Path:
+    """A random one-label sequence classification model on the tiny trunk, in a folder."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("gold") / "model"
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_gold(tiny_model, tmp_path_factory) -> Path:
+    return save_tiny_gold(tiny_model, tmp_path_factory.mktemp("gold") / "model")
 
 
 @pytest.fixture

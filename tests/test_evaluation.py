@@ -19,10 +19,10 @@ import torch
 from conftest import REPOSITORY, ROWS, run_script
 from test_processes import launcher
 
-from evaluation import EvaluationSettings, read_decoding
+from evaluation import EvaluationSettings, read_decoding, template_name
 from parts.errors import InputError
 from parts.files import read_json
-from parts.runs import checkpoints_of, find_adapters
+from parts.runs import BaseModel, Checkpoint, checkpoints_of, find_adapters
 from parts.superni import Instance, normalise, read_instances, score, summarise, superni_prompt
 
 
@@ -387,3 +387,26 @@ def test_the_alpaca_eval_command_takes_our_file(tmp_path, eval_file, judge, anno
     preferences = [row["preference"] for row in annotations]
     assert float(line["win_rate"]) == pytest.approx(sum(preference - 1 for preference in preferences) / len(ROWS) * 100, abs=0.01)
     assert int(line["n_total"]) == len(ROWS)
+
+
+def test_the_template_of_a_base_model(tiny_model, tmp_path, capsys):
+    """Its record's, else its tokenizer's own, else alpaca; the flag before all of them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    settings, point = EvaluationSettings(base_model_name=str(tiny_model)), BaseModel(tmp_path / "model", str(tiny_model))
+    assert template_name(settings, point, tokenizer) == "tokenizer"
+    told = f"{tiny_model}: no record names a chat template, prompts have its tokenizer's own (--chat_template_name names another)\n"
+    assert capsys.readouterr().out == told
+    assert template_name(EvaluationSettings(base_model_name="m", chat_template_name="vicuna"), point, tokenizer) == "vicuna"
+    for record, expected in (
+        ({"settings": {"chat_template_name": "llama-2"}}, "llama-2"),
+        ({"template": "mistral", "settings": {}}, "mistral"),
+    ):
+        (tmp_path / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
+        assert template_name(settings, BaseModel(tmp_path / "model", str(tmp_path)), tokenizer) == expected
+    assert template_name(settings, Checkpoint(tmp_path / "none"), tokenizer) == "alpaca"
+    assert capsys.readouterr().out == ""
+    tokenizer.chat_template = None
+    assert template_name(settings, point, tokenizer) == "alpaca"
+    assert "prompts have 'alpaca', since its tokenizer has none" in capsys.readouterr().out

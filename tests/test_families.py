@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict] = {name: {} for name in (
     "apertus", "arcee", "bloom", "cohere", "cohere2", "deepseek_v3", "exaone4", "falcon", "gemma", "gemma2", "glm4", "gpt2", "gpt_bigcode",
     "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "llama", "mistral", "mixtral", "mpt", "nemotron", "olmo",
     "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
-    "starcoder2", "bamba", "falcon_h1", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", "zamba",
+    "starcoder2", "bamba", "falcon_h1", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", "zamba", "zamba2",
 )}  # fmt: skip
 FAMILIES |= {
     "granite": {"logits_scaling": 8.0},
@@ -70,6 +70,20 @@ FAMILIES |= {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_mem_blocks": 2,
+        "adapter_rank": 4,
+        "use_shared_attention_adapter": True,
+        "use_mem_rope": True,
+        "chunk_size": 8,
+    },
 }
 REFUSED = ("recurrent_gemma", "rwkv")
 BATCH = 4

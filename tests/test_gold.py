@@ -351,6 +351,35 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     assert read_json(again / "training_record.json")["start_from"] == record
 
 
+def test_a_training_that_was_begun_otherwise_is_refused(tiny_model, tmp_path):
+    from parts.runs import begin_training, resumable_training
+    from train_gold_rm import GoldTrainingSettings, training_fingerprint
+
+    rows = [{"instruction": f"Say {n}.", "output_1": f"{n} it is.", "output_2": "no", "preference": 1} for n in range(60)]
+    preferences = tmp_path / "pairs.jsonl"
+    preferences.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"preferences": str(preferences), "model_name": str(tiny_model), "output_dir": str(tmp_path / "gold")}
+    fingerprint = training_fingerprint(GoldTrainingSettings(**given))
+    assert training_fingerprint(GoldTrainingSettings(**given, save_steps=7, data_note="mine")) == fingerprint
+    assert training_fingerprint(GoldTrainingSettings(**given, learning_rate=1e-3)) != fingerprint
+
+    unfinished = tmp_path / "gold.unfinished"
+    begin_training(unfinished, fingerprint, None)
+    for step, whole in ((50, True), (100, True), (150, False)):  # a kill left the last one without its state
+        (unfinished / f"checkpoint-{step}").mkdir()
+        if whole:
+            (unfinished / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert resumable_training(unfinished, fingerprint, overwrite=False) == unfinished / "checkpoint-100"
+    words = ["train_gold_rm.py", *(f"--{name}={value}" for name, value in given.items())]
+    refused = run_script(*words, "--learning_rate=1e-3")
+    assert refused.returncode == 2
+    told = f"error: {unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)"
+    assert refused.stderr.splitlines()[-1] == told
+    assert resumable_training(unfinished, "other", overwrite=True) is None
+    begin_training(unfinished, "other", None)
+    assert [path.name for path in unfinished.iterdir()] == ["fingerprint"]
+
+
 def test_a_bad_preference_is_named(tmp_path):
     preferences = tmp_path / "pairs.jsonl"
     preferences.write_text('{"instruction": "a", "output_1": "b", "output_2": "c", "preference": 3}\n', encoding="utf-8")

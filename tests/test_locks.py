@@ -64,6 +64,18 @@ def test_one_place_in_two_spellings(tmp_path, holder, monkeypatch):
             locks.hold(spelled)
 
 
+def test_the_lock_of_a_killed_process_goes_where_nothing_is_left_to_do(tmp_path, holder):
+    target = tmp_path / "run"
+    first = holder(target)
+    locks.clear_lock(target)
+    assert (tmp_path / ".run.lock").exists()  # it is held
+    first.kill()
+    first.wait()
+    locks.clear_lock(target)
+    locks.clear_lock(target)  # there is none now
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/run: cannot be written there"):
