@@ -72,10 +72,11 @@ FAMILIES |= {
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
     "zamba2": {
         "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "num_key_value_heads": 4,
         "n_mamba_heads": 4,
         "mamba_headdim": 16,
+        "mamba_ngroups": 1,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "num_mem_blocks": 2,
