@@ -226,13 +226,13 @@ def make_scenarios(place: Path, inputs: Path) -> dict[str, Scenario]:
     trained, drawn = ("run_ppo", ppo()), ("evaluation", rollouts())
     scored = ["--output_dir", str(place), "--model_prefix=run", "--include_start=true", f"--gold_model={inputs / 'gold'}", "--batch_size=2"]
     return {
-        "ppo": Scenario("run_ppo", ppo(), 60, 20),
-        "pruning": Scenario("run_ppo", ppo(save_total_limit=1), 30, 10),
-        "all weights": Scenario("run_ppo", ppo(use_peft="false", overall_steps=2), 15, 5),
-        "two processes": Scenario("run_ppo", ppo(overall_steps=2), 10, 10, processes=2),
-        "rollouts": Scenario("evaluation", rollouts(), 25, 15, [trained], holds=rows_match_records),
-        "rollouts anew": Scenario("evaluation", rollouts(seed=7, overwrite="true"), 25, 15, [trained, drawn], holds=rows_match_records),
-        "scoring": Scenario("eval_monotonicity", scored, 25, 10, [trained, drawn]),
+        "ppo": Scenario("run_ppo", ppo(), 40, 12),
+        "pruning": Scenario("run_ppo", ppo(save_total_limit=1), 20, 8),
+        "all weights": Scenario("run_ppo", ppo(use_peft="false", overall_steps=2), 10, 4),
+        "two processes": Scenario("run_ppo", ppo(overall_steps=2), 8, 8, processes=2),
+        "rollouts": Scenario("evaluation", rollouts(), 20, 10, [trained], holds=rows_match_records),
+        "rollouts anew": Scenario("evaluation", rollouts(seed=7, overwrite="true"), 20, 10, [trained, drawn], holds=rows_match_records),
+        "scoring": Scenario("eval_monotonicity", scored, 20, 10, [trained, drawn]),
     }
 
 

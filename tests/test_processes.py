@@ -50,12 +50,13 @@ def state_facts(folder: Path, rank: int) -> dict:
 
 # The value head's own settings are another layout of the optimiser. Warm-up ends where the run below is resumed.
 OWN_HEAD = {"value_learning_rate": "5e-3", "value_warmup_steps": 2, "score_norm_by_qtype": "true"}
+ALL_WEIGHTS = {**OWN_HEAD, "use_peft": "false"}
 
 
 @pytest.mark.parametrize(
     ("launch", "more"),
-    [("torchrun", {}), ("ddp-cpu", OWN_HEAD), ("zero2-bf16-cpu", {}), ("zero2-bf16-cpu", OWN_HEAD)],
-    ids=["torchrun", "ddp-cpu-own-head", "zero2-bf16-cpu", "zero2-bf16-cpu-own-head"],
+    [("torchrun", {}), ("ddp-cpu", ALL_WEIGHTS), ("zero2-bf16-cpu", {}), ("zero2-bf16-cpu", OWN_HEAD)],
+    ids=["torchrun", "ddp-cpu-all-weights-own-head", "zero2-bf16-cpu", "zero2-bf16-cpu-own-head"],
 )
 def test_two_processes(tiny_model, tmp_path, launch, more):
     rows = tmp_path / "rows.json"
@@ -63,6 +64,7 @@ def test_two_processes(tiny_model, tmp_path, launch, more):
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
     settings = {"overall_steps": 3, "save_freq": 2, "batch_size": 2, "mini_batch_size": 1, "reward_function": f"{tmp_path}/reward.py:mine"}
     settings |= more
+    weights = "adapter_model.safetensors" if more.get("use_peft", "true") == "true" else "model.safetensors"
     words = ppo_words(tiny_model, rows, tmp_path / "tiny", **settings)
     done = run_script(*words, launcher=launcher(launch))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -87,10 +89,10 @@ def test_two_processes(tiny_model, tmp_path, launch, more):
     running = [{name: tensor for name, tensor in state.items() if name.startswith("running/")} for state in states]
     assert {name.split("/")[1] for name in running[0]} == ({"CONSTRAINED", "OPENENDED"} if more else {"mean", "std", "var", "count"})
     assert running[0] == running[1]
-    adapters = [(tmp_path / f"tiny_step_{step}" / "adapter_model.safetensors").read_bytes() for step in (0, 2, 3)]
+    adapters = [(tmp_path / f"tiny_step_{step}" / weights).read_bytes() for step in (0, 2, 3)]
     assert (adapters[0] == adapters[1]) == bool(more) and adapters[1] != adapters[2]
     moments = [sum(tensor.numel() for name, tensor in state.items() if name.endswith("exp_avg")) for state in states]
-    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_3" / "adapter_model.safetensors").values()) + 33
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_3" / weights).values()) + 33
     if launch == "zero2-bf16-cpu":  # each process has half of them, up to padding
         assert sum(moments) < trained + 64 and max(moments) <= trained / 2 + 32
     else:
@@ -104,7 +106,7 @@ def test_two_processes(tiny_model, tmp_path, launch, more):
     done = run_script(*words, launcher=launcher(launch))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "at step 2" in done.stdout
-    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+    for name in (weights, "value_head.safetensors"):
         assert (tmp_path / "again" / "tiny_step_3" / name).read_bytes() == (tmp_path / "tiny_step_3" / name).read_bytes()
     ends = [{name: value for name, value in metrics(folder / "tiny")[-1].items() if not name.startswith("time/")}
             for folder in (tmp_path, tmp_path / "again")]  # fmt: skip
