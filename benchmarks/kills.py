@@ -34,6 +34,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from conftest import ROWS, save_tiny_gold, save_tiny_model  # noqa: E402
 
+from parts import runs  # noqa: E402
 from parts.cli import Settings, parse_settings, setting  # noqa: E402
 from parts.errors import InputError, run_main  # noqa: E402
 from parts.files import digest, file_digest  # noqa: E402
@@ -314,6 +315,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    commit = runs._commit()
+    runs._commit = lambda: commit  # the checkout may be worked on meanwhile
     folder = tempfile.mkdtemp()  # not a TemporaryDirectory, which every child would remove
     with Path(settings.log).open("w", encoding="utf-8") as log:
 
