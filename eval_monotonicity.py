@@ -51,7 +51,7 @@ from parts.designs import (
 )
 from parts.errors import InputError, run_main
 from parts.features import tokens_of
-from parts.files import digest, write_json
+from parts.files import clear_folder, digest, write_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
@@ -331,7 +331,10 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     check_device(settings.device)
     output = Path(settings.output_dir)
     folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
-    hold(folder, *(output / f"{run.name}_monotonicity" for run in runs))
+    folders = [folder, *(output / f"{run.name}_monotonicity" for run in runs)]
+    hold(*folders)
+    for path in folders:
+        clear_folder(path)
 
     # 2. Scores: of samples that a design chooses among, of the runs' rollouts.
     curves = (
@@ -406,6 +409,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     template = load_template(settings.chat_template_name or "alpaca")
     folder = Path(settings.output_dir) / "designs"
     hold(folder)
+    clear_folder(folder)
 
     # 2. Scores.
     from tqdm import tqdm

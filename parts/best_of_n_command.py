@@ -16,7 +16,7 @@ from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
 from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, LINE_STYLES, BestOfN, draw_fit, draw_line, quieten
-from parts.files import atomic_path, write_json, write_json_lines
+from parts.files import atomic_path, clear_folder, write_json, write_json_lines
 from parts.gold_settings import GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
@@ -52,7 +52,10 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
-    hold(*(Path(settings.output_dir) / f"{choice.samples.name}_best_of_n" for choice in choices))
+    folders = [Path(settings.output_dir) / f"{choice.samples.name}_best_of_n" for choice in choices]
+    hold(*folders)
+    for folder in folders:
+        clear_folder(folder)
 
     # 2. Scores.
     totals = [score_choice(choice, settings.device or None) for choice in choices]

@@ -148,6 +148,12 @@ def clear_leftovers(target: str | Path) -> None:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def clear_folder(folder: str | Path) -> None:
+    """`clear_leftovers` of all that is in a folder, for whoever is alone there."""
+    for holder in Path(folder).glob(f".*{_HOLDER}"):
+        clear_leftovers(holder.with_name(holder.name[1:].rsplit(".", 2)[0]))
+
+
 def remove_folder(folder: str | Path) -> None:
     """Remove a directory so that a kill leaves all of it or nothing under its name."""
     folder = Path(folder)

@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,20 +50,26 @@ def hold(*targets: str | Path) -> None:
         path.write_text(f"process {os.getpid()} on {platform.node()} since {now}: {' '.join(sys.argv)}", encoding="utf-8")
 
 
-def clear_lock(target: str | Path) -> None:
-    """Remove the lock of a killed process from a target that nothing is left to do for; one that is held stays."""
+@contextmanager
+def alone_at(target: str | Path) -> Iterator[bool]:
+    """Whether nobody else works at a target, for a moment, to clear up there; the lock that a killed process left goes too."""
     from filelock import FileLock, Timeout
 
     path = _lock_path(Path(target))
-    if path in _held or not path.exists():
+    if not is_first_process() or path in _held:
+        yield path in _held
         return
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
-    except (Timeout, OSError):  # somebody's who is about to end, or a folder that is read only
+    except (Timeout, OSError):  # somebody's, or in a folder that is read only
+        yield False
         return
-    path.unlink(missing_ok=True)
-    lock.release()
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _lock_path(target: Path) -> Path:

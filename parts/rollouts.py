@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from parts.errors import InputError
 from parts.files import JsonLines, clear_leftovers, read_json
-from parts.locks import clear_lock
+from parts.locks import alone_at
 from parts.runs import Checkpoint, meta_path, partial_path
 
 if TYPE_CHECKING:
@@ -59,9 +59,17 @@ class Job:
                 raise InputError(f"{file}: exists already, made otherwise (--overwrite=true replaces it)")
         if len(there) == len(self.files):
             print(f"{self.target}: is there already, made as it would be now")
-            shutil.rmtree(partial_path(self.target), ignore_errors=True)
-            clear_lock(self.target)
+            with alone_at(self.target) as alone:
+                if alone:
+                    self.clear()
         return len(there) == len(self.files)
+
+    def clear(self) -> None:
+        """Remove what kills left beside files that are whole."""
+        shutil.rmtree(partial_path(self.target), ignore_errors=True)
+        for path in self.files:
+            clear_leftovers(path)
+            clear_leftovers(meta_path(path))
 
 
 def generate_all(job: Job, engine: HFEngine | VLLMEngine, seed: int, processes: PartialState) -> list[list[int]] | None:

@@ -67,12 +67,14 @@ def test_one_place_in_two_spellings(tmp_path, holder, monkeypatch):
 def test_the_lock_of_a_killed_process_goes_where_nothing_is_left_to_do(tmp_path, holder):
     target = tmp_path / "run"
     first = holder(target)
-    locks.clear_lock(target)
-    assert (tmp_path / ".run.lock").exists()  # it is held
+    with locks.alone_at(target) as alone:
+        assert not alone
     first.kill()
     first.wait()
-    locks.clear_lock(target)
-    locks.clear_lock(target)  # there is none now
+    assert (tmp_path / ".run.lock").exists()
+    for _ in range(2):  # the second time there is none
+        with locks.alone_at(target) as alone:
+            assert alone
     assert list(tmp_path.iterdir()) == []
 
 
