@@ -14,7 +14,7 @@ from test_pipeline import ppo_words
 
 from parts.cli import found_path, normal_path, parse_settings
 from parts.errors import InputError
-from parts.files import JsonLines, atomic_path, clear_leftovers, remove_folder, write_json
+from parts.files import JsonLines, atomic_path, clear_folder, clear_leftovers, remove_folder, write_json
 from parts.models import model_identity
 from parts.ppo_state import find_start, make_room
 from parts.runs import find_adapters
@@ -203,6 +203,14 @@ def test_a_killed_exchange_of_folders_ends_whole(tmp_path):
     (tmp_path / ".run_interrupted.old.abcdefgh.unfinished").mkdir()  # another file's
     clear_leftovers(target)
     assert (target / "old").is_file() and names_in(tmp_path) == [".run_interrupted.old.abcdefgh.unfinished", "run_interrupted"]
+
+
+def test_what_kills_left_in_a_folder(tmp_path):
+    for name in (".report.html.abcdefgh.unfinished", ".a.b.json.12345678.unfinished", ".kept", "figures"):
+        (tmp_path / name).mkdir()
+    clear_folder(tmp_path)
+    assert names_in(tmp_path) == [".kept", "figures"]
+    clear_folder(tmp_path / "none")
 
 
 def test_a_folder_goes_at_once(tmp_path, monkeypatch):
