@@ -124,7 +124,7 @@ def start(scenario: tuple[str, list[str]], place: Path, log: Path, deadly: int =
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        if code == 0:
+        if code == 0 and os.environ.get("RANK", "0") == "0":
             Path(f"{log}.events").write_text(str(events()), encoding="utf-8")
         os._exit(code)
 
