@@ -163,6 +163,10 @@ class PPOSettings(RewardSettings):
             raise InputError("--use_peft=false trains all weights, expected them whole, not --load_in_8bit or --load_in_4bit")
         if self.bf16 and not self.use_peft:
             raise InputError("--use_peft=false with --bf16: small updates would be rounded away, expected float32, or DeepSpeed's bf16")
+        if self.rollout_engine == "vllm" and (quantized or not self.use_peft):
+            raise InputError(
+                "--rollout_engine vllm draws with LoRA on whole weights, expected --use_peft=true without --load_in_8bit or 4bit"
+            )
         if quantized and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise InputError("--load_in_8bit and --load_in_4bit under DeepSpeed, expected a launch file without it")
 

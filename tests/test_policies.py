@@ -125,6 +125,9 @@ def test_what_makes_no_sense_is_refused(monkeypatch, tmp_path):
         PPOSettings(model_name="m", use_peft=False, bf16=True)
     with pytest.raises(InputError, match="--load_in_8bit and --load_in_4bit are both set"):
         PPOSettings(model_name="m", load_in_4bit=True, load_in_8bit=True)
+    for more in ({"use_peft": False}, {"load_in_4bit": True}):
+        with pytest.raises(InputError, match="--rollout_engine vllm draws with LoRA on whole weights"):
+            PPOSettings(model_name="m", rollout_engine="vllm", **more)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match="--load_in_8bit and --load_in_4bit under DeepSpeed"):
         PPOSettings(model_name="m", load_in_4bit=True)
