@@ -162,7 +162,7 @@ def run(scenario: Scenario, place: Path, log: Path, deadly: int = 0, after: floa
         if late or any(codes.values()):  # a launcher kills the others, too
             for child in children:
                 if child not in codes:
-                    os.killpg(child, signal.SIGKILL)
+                    os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
         if time.monotonic() - begun > 120:
             raise TimeoutError(f"{scenario.script}: hangs")
