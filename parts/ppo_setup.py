@@ -9,7 +9,7 @@ import functools
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -96,6 +96,8 @@ def load_policy(settings, accelerator: Accelerator) -> AutoModelForCausalLMWithV
     With LoRA, on whole or quantised weights, the reference model is the policy with its adapter disabled. Without, all weights are
     trained, and TRL copies them for the reference.
     """
+    if not settings.use_peft and accelerator.distributed_type == DistributedType.MULTI_CPU:  # where accelerate cannot prepare a frozen copy
+        raise InputError("--use_peft=false in several processes on CPUs: expected one process, GPUs, or a launch file of DeepSpeed")
     set_seed(settings.seed)  # the same new weights on every rank
     # LoRA and the value head stay in fp32 on bf16 weights; DeepSpeed keeps fp32 masters of its own.
     deepspeed_bf16 = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"

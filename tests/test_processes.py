@@ -55,8 +55,8 @@ ALL_WEIGHTS = {**OWN_HEAD, "use_peft": "false"}
 
 @pytest.mark.parametrize(
     ("launch", "more"),
-    [("torchrun", {}), ("ddp-cpu", ALL_WEIGHTS), ("zero2-bf16-cpu", {}), ("zero2-bf16-cpu", OWN_HEAD)],
-    ids=["torchrun", "ddp-cpu-all-weights-own-head", "zero2-bf16-cpu", "zero2-bf16-cpu-own-head"],
+    [("torchrun", {}), ("ddp-cpu", OWN_HEAD), ("zero2-bf16-cpu", {}), ("zero2-bf16-cpu", ALL_WEIGHTS)],
+    ids=["torchrun", "ddp-cpu-own-head", "zero2-bf16-cpu", "zero2-bf16-cpu-all-weights-own-head"],
 )
 def test_two_processes(tiny_model, tmp_path, launch, more):
     rows = tmp_path / "rows.json"
