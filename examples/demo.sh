@@ -13,7 +13,7 @@ python train_sft.py --config configs/demo_sft.yaml --output_dir="$backbone" --bf
 
 # Best-of-n: the proxy tried on the backbone itself. Each design picks one of n responses, and gold judges the pick.
 python evaluation.py --base_model_name="$backbone" --output_dir="$output" --data_path=data/eval.json --num_samples=16 --temperature=1 \
-  --max_new_tokens=96 --batch_size=64 --dtype=$dtype --overwrite=true
+  --max_new_tokens=96 --batch_size=96 --dtype=$dtype --overwrite=true
 best_of_n=("$output/$(basename "$backbone")/samples-$(basename "$backbone").jsonl" --gold_model=assets/demo_gold_rm --gold_dtype=$dtype
   --relevance_model_name=models/all-MiniLM-L6-v2 --output_max_length=96 --batch_size=32 --output_dir="$output"
   --designs LI "LI * RP" "LI * RP * relevance" "LI * RP * relevance, branching")
@@ -35,7 +35,7 @@ unset OMP_NUM_THREADS
 
 # Responses of every checkpoint to prompts that no setting was chosen on, with the same draws for all of them.
 python evaluation.py --base_model_name="$backbone" --peft_model_name "$output/length_step_*" "$output/full_step_*" \
-  --data_path=data/eval.json --max_new_tokens=96 --batch_size=64 --evaluations alpaca --common_draws=true --dtype=$dtype --overwrite=true
+  --data_path=data/eval.json --max_new_tokens=96 --batch_size=96 --evaluations alpaca --common_draws=true --dtype=$dtype --overwrite=true
 
 # What each reward did to gold under PPO, beside best-of-n.
 python eval_monotonicity.py --model_prefix length full --include_start=true --best_of_n "${best_of_n[@]}"
