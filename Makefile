@@ -33,8 +33,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A process a core, at most four, each with one thread.
 test: setup lint
-	$(BIN)/python -m pytest -q tests --ignore tests/adapters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/adapters -n auto --maxprocesses 4 --dist loadfile
 
 # The examples against TRL's, verl's and OpenRLHF's own code, which need other versions than ours.
 .venv-adapters/installed: examples/requirements.txt examples/requirements-signatures.txt requirements/constraints.txt
