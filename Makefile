@@ -35,7 +35,7 @@ lint: .venv/installed
 
 # A process a core, at most four, each with one thread.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/adapters -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/adapters -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The examples against TRL's, verl's and OpenRLHF's own code, which need other versions than ours.
 .venv-adapters/installed: examples/requirements.txt examples/requirements-signatures.txt requirements/constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it, and as all that starts here would be
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "data")]  # the scripts, the data commands
 
 CHATML = (
