@@ -12,7 +12,7 @@ repeating itself or cut short.
 
 The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. After an interruption the same command resumes
 from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end; with other settings or preferences it is
-refused (--overwrite=true begins anew).
+refused (--overwrite=true starts again from nothing).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class GoldTrainingSettings(Settings):
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
-    overwrite: bool = setting(False, "begin anew where an unfinished training with other settings is in the way")
+    overwrite: bool = setting(False, "start again from nothing where an unfinished training with other settings is in the way")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ def end_tokens(
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; slots can be filled anew."""
+    """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; other rows can take its slots."""
 
     room: tuple[torch.Tensor, torch.Tensor]
 

@@ -87,7 +87,7 @@ run_main(main)"""
 
 @pytest.mark.parametrize("script", [*REPOSITORY.glob("*.py"), *(REPOSITORY / "data").glob("*.py")], ids=lambda path: path.name)
 def test_scripts_import_what_catches_signals_first(script):
-    """(`reward_model.py` is part of what scores depend on: a line there would make all of them anew.)"""
+    """(`reward_model.py` is part of what scores depend on: a line there would have all of them made again.)"""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     names = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
     assert [name for name in names if name not in ("os", "sys")][:1] == ["parts"] or script.name == "reward_model.py"

@@ -229,7 +229,7 @@ def test_the_value_head_learns_first_and_at_its_own_rate(tiny_model, rows_file, 
     torch.testing.assert_close(moved, torch.full_like(moved, 5e-3), rtol=1e-2, atol=0)
     log = metrics(tmp_path / "tiny")
     assert [row["objective/kl"] for row in log] == pytest.approx([0.0] * 3, abs=1e-5)
-    assert [row["objective/kl_coef"] for row in log] == pytest.approx([0.2, 0.2 * (1 - 0.2 * 4 / 50), 0.2])  # the policy's begins anew
+    assert [row["objective/kl_coef"] for row in log] == pytest.approx([0.2, 0.2 * (1 - 0.2 * 4 / 50), 0.2])  # the policy's starts again
     assert [row["ppo/learning_rate"] for row in log] == [0.0, 0.0, 1e-3]
     assert [row["ppo/value_learning_rate"] for row in log] == [5e-3] * 3
 
