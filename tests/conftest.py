@@ -66,6 +66,16 @@ def save_tiny_gold(tiny_model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def environment_as_it_was():
+    """What a test's code sets for its own process, as launchers do, is not there for the next test."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
