@@ -27,6 +27,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,17 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Settings that do not reach the weights, and names of what is known by its content.
-HARMLESS = {
-    "data_note",
-    "output_dir",
-    "heldout_pairs",
-    "save_steps",
-    "overwrite",
-    "evaluate_only",
-    "preferences",
-    "model_name",
-    "start_from",
-}
+HARMLESS = {"data_note", "output_dir", "heldout_pairs", "save_steps", "overwrite", "evaluate_only"}
+HARMLESS |= {"preferences", "model_name", "start_from"}
 
 
 @dataclass
@@ -64,7 +56,8 @@ class GoldTrainingSettings(Settings):
     output_dir: str = setting("outputs/gold_rm", "folder that receives the adapter and its card", written=True)
     model_name: str = setting("models/SmolLM2-135M-Instruct", "language model that the adapter and the head sit on", path=True)
     start_from: str = setting("", "reward adapter on the same model to continue, with its LoRA settings; empty means a new one", path=True)
-    pairs: int = setting(5000, "most training pairs (one epoch)", least=1)
+    pairs: int = setting(5000, "most training pairs", least=1)
+    epochs: int = setting(1, "times that training goes over the pairs", least=1)
     ranked_together: int = setting(6, "most pairs of one prompt that are ranked together, with three damaged texts", least=1)
     balanced: bool = setting(True, "the longer answer wins one half of the training pairs; false leaves length its natural share")
     damaged_texts: bool = setting(True, "rank damaged texts below the answers: other prompts' answers, repetition, cut answers")
@@ -75,6 +68,7 @@ class GoldTrainingSettings(Settings):
     )
     max_length: int = setting(448, "longest conversation in tokens; training leaves pairs with a longer one out", least=1)
     batch_size: int = setting(4, "rankings per optimiser step", least=1)
+    forward_tokens: int = setting(4096, "most tokens in one forward pass, padding included; more keep a GPU busy", least=1)
     learning_rate: float = setting(3e-4, "peak learning rate, warmed up and decayed linearly", above=0)
     lora_r: int = setting(8, "LoRA rank", least=1)
     lora_layers: int = setting(
@@ -145,6 +139,7 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
 
     rng = random.Random(settings.seed)
 
+    @cache
     def encode(instruction: str, text: str) -> list[int]:
         return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
 
@@ -194,7 +189,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
     arguments = TrainingArguments(
         output_dir=str(unfinished),
         per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=1,
+        num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=20,
@@ -209,7 +204,13 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = BradleyTerryTrainer(model=model, args=arguments, train_dataset=rankings, data_collator=RankingCollator(settings.max_length))
+    trainer = BradleyTerryTrainer(
+        forward_tokens=settings.forward_tokens,
+        model=model,
+        args=arguments,
+        train_dataset=rankings,
+        data_collator=RankingCollator(settings.max_length),
+    )
     begin_training(unfinished, fingerprint, resumed)
     if resumed:
         print(f"resumes from {resumed}")
@@ -228,20 +229,21 @@ Settings, seed, commit and package versions, also of the adapter it continues: `
 
 **Command.** `{command}`
 
-**Training pairs.** Up to {settings.pairs}, one epoch, of conversations within {settings.max_length} tokens{share}. Up to
+**Training pairs.** Up to {settings.pairs}, {settings.epochs} times over, of conversations within {settings.max_length} tokens{share}. Up to
 {settings.ranked_together} pairs of a prompt are ranked together{damaged}. Systems never trained on: {systems}.
 
-**Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher):
+**Held-out accuracy** (prompts that training never saw, whole texts; a pair counts as right when the preferred answer scores higher; beside
+it, what "the longer answer wins" gets right):
 
-| pairs | accuracy | n |
-|---|---|---|
+| pairs | accuracy | the longer wins | n |
+|---|---|---|---|
 {rows}
 """
 
 
 def write_card(settings: GoldTrainingSettings, measured: dict[str, dict[str, float]]) -> None:
     """Write the model card, in place of the empty form that PEFT leaves."""
-    rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['n']} |" for name, row in measured.items())
+    rows = "\n".join(f"| {name} | {row['accuracy']:.3f} | {row['longer_wins']:.3f} | {row['n']} |" for name, row in measured.items())
     share = ": one half with the longer answer preferred, the other with the shorter" if settings.balanced else ", as they come"
     damaged = ", with two other prompts' answers below all of them, and a preferred answer above itself repeated or cut short"
     card = CARD.format(
@@ -324,7 +326,7 @@ def main() -> None:
     # 3. Accuracy on prompts that training never saw.
     measured = heldout_accuracies(settings, heldout_sample(heldout, settings.heldout_pairs))
     for name, row in measured.items():
-        print(f"{name:36} {row['accuracy']:.3f}  (n={row['n']})")
+        print(f"{name:36} {row['accuracy']:.3f}  (the longer wins: {row['longer_wins']:.3f}; n={row['n']})")
 
     # 4. Record and card.
     if not settings.evaluate_only:

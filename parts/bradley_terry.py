@@ -10,8 +10,6 @@ from transformers import Trainer
 
 from parts.batching import batches_by_length, pad
 
-FORWARD_TOKENS = 4096  # in one forward pass of training, padding included
-
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Mean of -log sigmoid(chosen - rejected) over [pairs] scores (Bradley and Terry, 1952)."""
@@ -38,10 +36,10 @@ class RankingCollator:
         return {"sequences": sequences, "comparisons": comparisons}
 
 
-def score_sequences(model: nn.Module, sequences: list[list[int]], padding: int) -> torch.Tensor:
-    """[sequences] scores in fp32, with gradients; passes are over sequences of about the same length."""
+def score_sequences(model: nn.Module, sequences: list[list[int]], padding: int, most_tokens: int) -> torch.Tensor:
+    """[sequences] scores in fp32, with gradients; passes are over sequences of about the same length, `most_tokens` with padding."""
     scores = torch.empty(len(sequences), device=model.device)
-    for places in batches_by_length(list(map(len, sequences)), most_tokens=FORWARD_TOKENS):
+    for places in batches_by_length(list(map(len, sequences)), most_tokens=most_tokens):
         ids, mask = pad([sequences[place] for place in places], padding, device=model.device)
         scores[places] = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
     return scores
@@ -50,12 +48,19 @@ def score_sequences(model: nn.Module, sequences: list[list[int]], padding: int) 
 class BradleyTerryTrainer(Trainer):
     """transformers' Trainer with the Bradley-Terry loss over batches of a `RankingCollator`.
 
+    Args:
+        forward_tokens: in one forward pass, padding included.
+
     Raises:
         FloatingPointError: the loss is not finite.
     """
 
+    def __init__(self, *, forward_tokens: int, **kwargs):
+        super().__init__(**kwargs)
+        self.forward_tokens = forward_tokens
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        scores = score_sequences(model, inputs["sequences"], self.model.config.pad_token_id)
+        scores = score_sequences(model, inputs["sequences"], self.model.config.pad_token_id, self.forward_tokens)
         # Each kind of comparison weighs the same, however many there are of it.
         kinds = [torch.tensor(pairs).T for pairs in inputs["comparisons"].values() if pairs]
         loss = torch.stack([bradley_terry_loss(scores[better], scores[worse]) for better, worse in kinds]).mean()

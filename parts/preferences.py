@@ -162,18 +162,34 @@ def heldout_sample(pairs: list[Pair], count: int) -> list[Pair]:
 
 
 def accuracies(pairs: list[Pair], margins: list[float], heldout_systems: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Share of positive margins with its n: all preferences, those of similar length, by whether the longer wins, each damage."""
+    """How often margins are positive: of all preferences, those of similar length, by whether the longer wins, of each damage.
+
+    Returns:
+        {group: {"accuracy", "longer_wins", "n"}}, without empty groups; "longer_wins" is what "the longer answer wins" gets right. The
+        accuracy of "both lengths alike" is the mean of where the longer and where the shorter wins, as if there were as many of each.
+    """
     rows = list(zip(pairs, margins))
     preferences = [row for row in rows if row[0].kind == "preference"]
+    longer, shorter = "longer answer preferred", "shorter answer preferred"
     groups = {
         "all preferences": preferences,
         "of systems never trained on": [row for row in preferences if set(row[0].systems) & set(heldout_systems)],
         "lengths within 25%": [row for row in rows if row[0].kind in ("preference", "similar length") and row[0].similar_length],
-        "longer answer preferred": [row for row in preferences if row[0].longer_wins],
-        "shorter answer preferred": [row for row in preferences if not row[0].longer_wins],
+        longer: [row for row in preferences if row[0].longer_wins],
+        shorter: [row for row in preferences if not row[0].longer_wins],
     }
     for kind in DAMAGES:
         groups[f"against {kind}"] = [row for row in rows if row[0].kind == kind]
-    return {
-        name: {"accuracy": sum(margin > 0 for _, margin in group) / len(group), "n": len(group)} for name, group in groups.items() if group
+    found = {
+        name: {
+            "accuracy": sum(margin > 0 for _, margin in group) / len(group),
+            "longer_wins": sum(pair.longer_wins for pair, _ in group) / len(group),
+            "n": len(group),
+        }
+        for name, group in groups.items()
+        if group
     }
+    if longer in found and shorter in found:
+        alike = {"accuracy": (found[longer]["accuracy"] + found[shorter]["accuracy"]) / 2, "longer_wins": 0.5, "n": len(preferences)}
+        found["both lengths alike"] = alike
+    return found

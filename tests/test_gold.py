@@ -292,11 +292,12 @@ def test_accuracies_and_heldout_prompts():
     pairs = [Pair("a", "xxxx", "x", systems=("s", "t")), Pair("a", "x", "xxxx"), Pair("a", "xxxx", "xxxy"), Pair("a", "x", "y", "cut"),
              Pair("a", "xxxx", "xxxy", "similar length")]  # fmt: skip
     measured = accuracies(pairs, [1.0, -1.0, 0.5, 2.0, -1.0], ["t"])
-    assert measured["all preferences"] == {"accuracy": 2 / 3, "n": 3}
-    assert measured["of systems never trained on"] == {"accuracy": 1.0, "n": 1}
-    assert measured["lengths within 25%"] == {"accuracy": 0.5, "n": 2}
-    assert measured["shorter answer preferred"]["n"] == 2
-    assert measured["against cut"] == {"accuracy": 1.0, "n": 1}
+    assert measured["all preferences"] == {"accuracy": 2 / 3, "longer_wins": 1 / 3, "n": 3}
+    assert measured["of systems never trained on"] == {"accuracy": 1.0, "longer_wins": 1.0, "n": 1}
+    assert measured["lengths within 25%"] == {"accuracy": 0.5, "longer_wins": 0.0, "n": 2}
+    assert measured["shorter answer preferred"] == {"accuracy": 0.5, "longer_wins": 0.0, "n": 2}
+    assert measured["both lengths alike"] == {"accuracy": 0.75, "longer_wins": 0.5, "n": 3}
+    assert measured["against cut"] == {"accuracy": 1.0, "longer_wins": 0.0, "n": 1}
     assert sum(is_heldout(f"prompt {n}", 0.15) for n in range(2000)) == pytest.approx(300, abs=60)
 
 
@@ -316,13 +317,16 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     preferences.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     output = tmp_path / "gold"
     done = run_script("train_gold_rm.py", "--preferences", preferences, "--model_name", tiny_model, "--output_dir", output, "--pairs", 16,
-                      "--batch_size", 4, "--lora_layers", 1, "--bf16", "false", "--heldout_systems", "system 4")  # fmt: skip
+                      "--batch_size", 4, "--lora_layers", 1, "--bf16", "false", "--heldout_systems", "system 4",
+                      "--epochs", 2, "--forward_tokens", 64)  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = read_json(output / "training_record.json")
     assert record["heldout"]["all preferences"]["n"] > 0
     assert record["seed"] == 42
     heldout = record["heldout"]["all preferences"]
-    assert f"| all preferences | {heldout['accuracy']:.3f} | {heldout['n']} |" in (output / "README.md").read_text(encoding="utf-8")
+    assert f"| all preferences | {heldout['accuracy']:.3f} | {heldout['longer_wins']:.3f} | {heldout['n']} |" in (
+        output / "README.md"
+    ).read_text(encoding="utf-8")
     scores = load_gold_reward_model(str(output), device="cpu").get_reward(BATCH)
     assert len(set(scores)) == len(ROWS)
     assert not output.with_name("gold.unfinished").exists()
