@@ -91,8 +91,9 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
     from tqdm import tqdm
 
     from parts.gold_models import SequenceClassificationRMForInference
+    from parts.gold_settings import GoldSettings
 
-    gold = SequenceClassificationRMForInference(settings.output_dir)
+    gold = SequenceClassificationRMForInference(settings.output_dir, settings=GoldSettings(gold_dtype="float32"))
     texts = list(dict.fromkeys((pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
     texts.sort(key=lambda text: len(text[0] + text[1]))
     scores = {}

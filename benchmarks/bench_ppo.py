@@ -3,8 +3,8 @@
     python benchmarks/bench_ppo.py                 # SmolLM2-135M, 16 prompts of data/train.json, 64 new tokens, mini batch 2, 4 epochs
     python benchmarks/bench_ppo.py --turns 3
 
-Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. Memory is what a call's peak adds to the
-process before it. The share of the machine's rate is what the model's arithmetic alone would take at the speed of the policy's own frozen
+Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. All runs on the GPU where there is one. Memory is what a
+call's peak adds to the process, or to what PyTorch holds of the GPU, before it. The share of the machine's rate is what the model's arithmetic alone would take at the speed of the policy's own frozen
 layers run one after another, over the time taken. It counts every sequence by itself, without padding (`parts/counting.py`).
 """
 
@@ -39,6 +39,7 @@ from parts.ppo_trainer import FastPPOTrainer
 
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
 BATCH, NEW_TOKENS, EPOCHS = 16, 64, 4
+GPU = torch.cuda.is_available()
 
 
 def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
@@ -55,25 +56,35 @@ def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
 def measured(work: Callable[[], object]) -> tuple[float, float, object]:
     """Seconds, peak memory added in MB, and the result."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before = memory("VmRSS")
-    start = time.perf_counter()
+    start = now()
     result = work()
-    return time.perf_counter() - start, memory("VmHWM") - before, result
+    return now() - start, memory("VmHWM") - before, result
+
+
+def now() -> float:
+    """Seconds, with all work done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
 def products_rate(policy: nn.Module, tokens: int) -> float:
     """Floating-point operations a second of the policy's frozen linear layers, one product after another, over `tokens` at a time."""
     layers = [layer for layer in policy.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
-    states = {layer.in_features: torch.randn(tokens, layer.in_features).to(layer.weight.dtype) for layer in layers}
+    states = {layer.in_features: torch.randn(tokens, layer.in_features).to(layer.weight) for layer in layers}
     times = []
     for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
+        start = now()
         for layer in layers:
             layer(states[layer.in_features])
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return 2 * tokens * sum(layer.weight.numel() for layer in layers) / min(times)
 
 
@@ -89,6 +100,9 @@ def operations(policy: nn.Module, prompts: list[int], responses: list[int]) -> d
 
 
 def memory(field: str) -> float:
+    """MB of the process now (VmRSS) or at most so far (VmHWM), or of the GPU alike."""
+    if GPU:
+        return (torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
     (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
@@ -101,7 +115,8 @@ def main() -> None:
     tokenizer = load_tokenizer(MODEL)
     template = load_template("tokenizer", tokenizer)
     rows = json.loads((REPOSITORY / "data" / "train.json").read_text(encoding="utf-8"))[:BATCH]
-    queries = [torch.tensor(ids) for ids in encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])]
+    device = "cuda" if GPU else "cpu"
+    queries = [torch.tensor(ids, device=device) for ids in encode_prompts(tokenizer, [template.render(row["input"]) for row in rows])]
     trainers = {
         "stock": make_trainer(PPOTrainer),
         "fp32": make_trainer(FastPPOTrainer),
