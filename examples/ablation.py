@@ -60,7 +60,7 @@ class AblationSettings(Settings):
     seeds: list[int] = setting([1, 2, 3], "seeds of PPO")
     steps: list[int] = setting([], "checkpoints that are evaluated, at least three; by default all that a run saved")
     reward_model: str = setting("assets/second_gold_rm", f"what {LEARNED} is trained against", path=True)
-    gold_model: list[str] = setting(["assets/demo_gold_rm"], "what judges the rollouts", path=True)
+    gold_model: list[str] = setting(["assets/demo_gold_rm", "assets/second_gold_rm"], "what judges the rollouts", path=True)
     data_path: str = setting("data/eval.json", "evaluation rows with qtype and reference", path=True)
     output_dir: str = setting("outputs/ablation", "checkpoints, rollouts and logs", path=True)
     results_dir: str = setting("assets/ablation", "what is kept", path=True)
