@@ -58,7 +58,7 @@ from parts.runs import provenance
 from reward_model import RewardSettings
 
 if TYPE_CHECKING:
-    from parts.ppo_state import Start
+    from parts.ppo_checkpoints import Start
     from parts.ppo_trainer import FastPPOTrainer
     from parts.sampling import Decoding
     from parts.vllm_engines import PolicyEngine
@@ -247,12 +247,12 @@ def start_or_resume(
     Returns:
         The scores' `moments` at step 0.
     """
-    from parts import ppo_state
+    from parts import ppo_checkpoints, ppo_state
 
     say = trainer.accelerator.on_main_process(print)
     if trainer.accelerator.is_main_process:
-        ppo_state.make_room(begin)
-        run_file = ppo_state.run_file(settings)
+        ppo_checkpoints.make_room(begin)
+        run_file = ppo_checkpoints.run_file(settings)
         for path in (log.path, run_file):
             clear_leftovers(path)
         log.keep_until(begin.step if begin.folder else -1)
@@ -275,13 +275,13 @@ def start_or_resume(
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
-    from parts import ppo_state
+    from parts import ppo_checkpoints, ppo_state
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
     logs_apart = [] if Path(settings.output_dir) in Path(settings.logging_dir).parents else [settings.logging_dir]
     hold(settings.output_dir, *logs_apart)
     check_writable(Path(settings.logging_dir) / "metrics.jsonl")
-    begin = ppo_state.find_start(settings)
+    begin = ppo_checkpoints.find_start(settings)
     check_model_name(settings.model_name)
     check_tokenizer_name(settings.tokenizer_name or settings.model_name)
     settings.check_reward()
@@ -373,13 +373,13 @@ def main() -> None:
         if scheduled:
             folder = f"{settings.output_dir}_step_{step}"
             ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, dev_means), dev_rows)
-            accelerator.on_main_process(ppo_state.prune)(settings.output_dir, settings.save_total_limit)
+            accelerator.on_main_process(ppo_checkpoints.prune)(settings.output_dir, settings.save_total_limit)
             say(f"step {step}: development {describe(dev_means)}; saved {folder}")
 
         # 10. Stop, where any process was asked to.
         if not last and stop.agreed():
             if not scheduled:
-                folder = str(ppo_state.interrupted(settings.output_dir))
+                folder = str(ppo_checkpoints.interrupted(settings.output_dir))
                 ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, {}), None)
             say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto resumes from {folder}")
             break

@@ -2,6 +2,7 @@
 
     python examples/ablation.py                                     # `make ablation`: whatever is not done yet
     python examples/ablation.py --status=true                       # what is done and what is left
+    python examples/ablation.py --status=true --judges assets/demo_gold_rm assets/second_gold_rm     # the kept texts, judged once more
     python examples/ablation.py --ppo_config configs/demo.yaml --designs LI full --seeds 1 2 3 4 5 --steps 0 6 12 \\
         --output_dir outputs/demo_seeds --results_dir assets/demo_run/seeds
 
@@ -9,7 +10,8 @@ A cell is one design with one seed: `run_ppo.py`, rollouts of its checkpoints wi
 by side, seed by seed; stopped at any moment, the same command resumes each where it was. Of a finished cell two files are kept in
 <results_dir>: <design>-<seed>.json, what `eval_monotonicity.py` found with every row's scores, the alignment tax and the commands; and
 <design>-<seed>.rollouts.json.gz, the texts of its first and last checkpoint, so that another gold can judge them later. The table
-(table.md, summary.json) and the figure (ablation.png) are made from the first kind of files alone.
+(table.md, summary.json) and the figure (ablation.png) are made from the first kind of files alone; `--judges` lets other golds judge the
+texts of the second kind (judged.md, judged.json).
 """
 
 from __future__ import annotations
@@ -37,10 +39,13 @@ from types import SimpleNamespace
 import numpy as np
 import yaml
 from scipy.stats import sem
+from tqdm import tqdm
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, file_digest, read_json, read_text, write_json
+from parts.gold_settings import GoldSettings
+from parts.models import model_identity
 from parts.overlap import rouge_l
 from parts.rank_statistics import together
 from parts.rows import read_rows
@@ -66,6 +71,7 @@ class AblationSettings(Settings):
     results_dir: str = setting("assets/ablation", "what is kept", path=True)
     side_by_side: int = setting(0, "cells that run at once, each with its share of the cores; 0 means one a core", least=0)
     bf16: bool = setting(True, "bf16 arithmetic; slower on a CPU without instructions for it")
+    judges: list[str] = setting([], "gold models that judge the kept responses of the first and the last checkpoint", path=True)
     status: bool = setting(False, "print what is done and what is left, make table and figure, and train nothing")
 
     def __post_init__(self) -> None:
@@ -139,6 +145,11 @@ def run_cell(cell: Cell, threads: int) -> None:
     print(f"{cell.name}: done, {cell.kept}", flush=True)
 
 
+def kept_texts(cell: Cell) -> Path:
+    """The file of a finished cell's responses, {step: [text of each row]} of its first and last checkpoint."""
+    return cell.kept.with_suffix(".rollouts.json.gz")
+
+
 def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
     """Write the two files of a finished cell."""
     found = read_json(f"{cell.run}_monotonicity/monotonicity.json")
@@ -152,7 +163,7 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
     metas = {step: read_json(meta_path(point.rollouts)) for step, point in points.items()}
     policy = Path(metas[0]["model"]) / "model.safetensors"
     ends = (points[min(points)], points[max(points)])
-    with atomic_path(cell.kept.with_suffix(".rollouts.json.gz")) as temporary:
+    with atomic_path(kept_texts(cell)) as temporary:
         texts = {point.step: [row["output"] for row in point.rows] for point in ends}
         temporary.write_bytes(gzip.compress(json.dumps(texts).encode(), mtime=0))
     extra = {
@@ -242,26 +253,69 @@ def table(entries: Sequence[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def judge(settings: AblationSettings, cells: Sequence[Cell]) -> str:
+    """Let `settings.judges` judge the kept responses; write judged.json and judged.md, and return that table.
+
+    Raises:
+        InputError: a gold model that cannot be loaded.
+    """
+    from parts.gold_models import load_gold_reward_model
+
+    rows = read_rows(settings.data_path, {"instruction": None})
+    queries = [row["instruction"] for row in rows]
+    texts = {cell.name: json.loads(gzip.decompress(kept_texts(cell).read_bytes())) for cell in cells}
+    wanted = list(dict.fromkeys(pair for ends in texts.values() for outputs in ends.values() for pair in zip(queries, outputs)))
+    gains: dict[str, dict[str, np.ndarray]] = {cell.name: {} for cell in cells}
+    for name in settings.judges:
+        gold = load_gold_reward_model(name, batch_size=32, settings=GoldSettings(gold_dtype="bfloat16" if settings.bf16 else "float32"))
+        batch = {"query": [query for query, _ in wanted], "response": [text for _, text in wanted]}
+        scores = {}
+        with tqdm(total=len(wanted), desc=name, unit="row", disable=None) as bar:
+            for places, values in gold.iter_rewards(batch):
+                scores |= zip([wanted[place] for place in places], values)
+                bar.update(len(places))
+        for cell in cells:
+            first, last = _ends({step: [scores[pair] for pair in zip(queries, outputs)] for step, outputs in texts[cell.name].items()})
+            gains[cell.name][name] = last - first
+    lines = [["design", "seed", *settings.judges], ["---"] * (2 + len(settings.judges))]
+    for design in dict.fromkeys(cell.design for cell in cells):
+        seeds = [cell for cell in cells if cell.design == design]
+        for cell in seeds:
+            lines.append([design, str(cell.seed), *(f"{gain.mean():+.2f} ({sem(gain):.2f})" for gain in gains[cell.name].values())])
+        means = {name: [gains[cell.name][name].mean() for cell in seeds] for name in settings.judges}
+        errors = {name: f" ({_standard_error(np.array(values)):.2f})" if len(values) > 1 else "" for name, values in means.items()}
+        lines.append([design, "mean (SE over seeds)", *(f"{np.mean(values):+.2f}{errors[name]}" for name, values in means.items())])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    results = Path(settings.results_dir)
+    per_row = {cell: {name: gain.round(4).tolist() for name, gain in by_gold.items()} for cell, by_gold in gains.items()}
+    write_json(results / "judged.json", {"gold_gains": per_row, "provenance": provenance(golds=list(map(model_identity, settings.judges)))})
+    with atomic_path(results / "judged.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
 def draw(kept: Sequence[dict], path: Path) -> None:
-    """Gold gained against KL: a thin line a seed, a thick one for a design's mean."""
+    """Gold gained against KL, a panel a gold: a thin line a seed, a thick one for a design's mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    golds = list(kept[0]["spearman"])
     with pyplot.rc_context({"font.size": 8, "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(figsize=(5.2, 3.4), layout="constrained")
-        axes.axhline(0, color="#999999", linewidth=0.6)
-        for design in dict.fromkeys(cell["cell"]["design"] for cell in kept):
-            curves = [cell["curve"] for cell in kept if cell["cell"]["design"] == design]
-            gold = next(iter(kept[0]["spearman"]))
-            lines = [([row["kl"] for row in curve], [row[gold] - curve[0][gold] for row in curve]) for curve in curves]
-            for line in lines:
-                axes.plot(*line, color=COLOURS[design], linewidth=0.6, alpha=0.5)
-            axes.plot(*np.mean(lines, axis=0), "o-", color=COLOURS[design], linewidth=1.8, markersize=3, label=f"{design} ({len(lines)})")
-        axes.set_xlabel("KL from the start, nats a response")
-        axes.set_ylabel("gold gained")
-        axes.legend(frameon=False, title="design (seeds)")
+        figure, panels = pyplot.subplots(1, len(golds), figsize=(1.2 + 4 * len(golds), 3.4), layout="constrained", squeeze=False)
+        for axes, gold in zip(panels[0], golds):
+            axes.axhline(0, color="#999999", linewidth=0.6)
+            for design in dict.fromkeys(cell["cell"]["design"] for cell in kept):
+                curves = [cell["curve"] for cell in kept if cell["cell"]["design"] == design]
+                lines = [([row["kl"] for row in curve], [row[gold] - curve[0][gold] for row in curve]) for curve in curves]
+                for line in lines:
+                    axes.plot(*line, color=COLOURS[design], linewidth=0.6, alpha=0.5)
+                mean = np.mean(lines, axis=0)
+                axes.plot(*mean, "o-", color=COLOURS[design], linewidth=1.8, markersize=3, label=f"{design} ({len(lines)})")
+            axes.set_xlabel("KL from the start, nats a response")
+            axes.set_ylabel(f"{gold}, gained")
+        panels[0][0].legend(frameon=False, title="design (seeds)")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=200, format="png")
         pyplot.close(figure)
@@ -293,6 +347,8 @@ def main() -> None:
         write_json(results / "summary.json", {"designs": entries, "provenance": provenance()})
         draw(kept, results / "ablation.png")
         print(table(entries))
+    if settings.judges:
+        print(judge(settings, [cell for cell in cells if kept_texts(cell).is_file()]))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,17 @@ floor 2, words, names, numbers
     rank_statistics   SpearmanR and what surrounds it
     scaling_fits      gold against the square root of KL, as Gao et al. fit it
     ppo_metrics       the numbers that PPO logs
-floor 3, on models
+floor 3, on models and runs
+    packing           rows as one sequence, without padding
+    logprobs          hidden states in, log-probabilities out, in the model's own way
+    ppo_checkpoints   a PPO run's checkpoints: which one it resumes from, what is in its way
     adapters          PEFT adapters on a model that is used again after them
 floor 4, what the stages are made of
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_settings     how gold reward models are loaded and run
     sampling          batched sampling with a causal LM
-    packing           rows as one sequence, without padding
-    logprobs          hidden states in, log-probabilities out, in the model's own way
+    ppo_policy        a policy's log-probabilities, entropies and values where PPO needs them
     data_checks       all that is wrong with a file of rows, in one pass
     superni           Super-NaturalInstructions: its prompts, scores and summary
     scores            scores kept by row

@@ -25,7 +25,8 @@ from trl import AutoModelForCausalLMWithValueHead
 
 from parts.errors import InputError
 from parts.models import loading
-from parts.ppo_trainer import TOKENS_PER_PASS, base_model, checkpoint_in_eval_mode, predict_or_forward
+from parts.ppo_policy import base_model, checkpoint_in_eval_mode, predict_or_forward
+from parts.ppo_trainer import TOKENS_PER_PASS
 
 META_ATTENTION = "flash_on_meta"  # the name of `_flash_on_meta` among transformers' kinds of attention
 

@@ -94,3 +94,28 @@ def test_the_config_has_no_unknown_setting():
 
     settings = parse_settings(PPOSettings, ["--config", str(REPOSITORY / "configs" / "ablation.yaml")])
     assert settings.overall_steps == 40 and settings.batch_size == 16
+
+
+def test_another_gold_judges_the_kept_texts(tmp_path, tiny_gold, eval_file):
+    """Gains of the kept texts are those of the gold model's own scores, and means over seeds are as by hand."""
+    from conftest import ROWS
+
+    from parts.gold_models import load_gold_reward_model
+
+    ends = {name: {step: [f"{name} {step} {row}" for row in range(len(ROWS))] for step in ("0", "10")} for name in ("LI-1", "LI-2")}
+    for name, texts in ends.items():
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(cell("LI", int(name[-1]), *[[[0, 0], [1, 2], [2, 4]]] * 2, [[0.5], [0.4], [0.3]]))
+        )
+        (tmp_path / f"{name}.rollouts.json.gz").write_bytes(gzip.compress(json.dumps(texts).encode()))
+    words = ["--status=true", f"--results_dir={tmp_path}", "--designs=LI", "--seeds", "1", "2", f"--data_path={eval_file}", "--bf16=false"]
+    done = run_script("examples/ablation.py", *words, f"--judges={tiny_gold}")
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "judged.json")["gold_gains"]
+    gold, means = load_gold_reward_model(str(tiny_gold), device="cpu"), []
+    for name, texts in ends.items():
+        first, last = (gold.get_reward({"query": [row["input"] for row in ROWS], "response": texts[step]}) for step in ("0", "10"))
+        assert found[name][str(tiny_gold)] == pytest.approx([after - before for before, after in zip(first, last)], abs=2e-4)
+        means.append(sum(last) / len(last) - sum(first) / len(first))
+    rows = (tmp_path / "judged.md").read_text().splitlines()
+    assert rows[-1] == f"| LI | mean (SE over seeds) | {sum(means) / 2:+.2f} ({abs(means[0] - means[1]) / 2:.2f}) |"

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from parts.counting import _Follower, cache_bytes, count, meta_policy, policy_operations, sampling_kernels, torchs_counter, trainer_pass
 from parts.errors import InputError
-from parts.ppo_trainer import predict_or_forward
+from parts.ppo_policy import predict_or_forward
 
 SETTINGS = SimpleNamespace(lora_r=8, lora_target_modules=["q_proj", "v_proj"])
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}

@@ -16,7 +16,7 @@ from parts.cli import found_path, normal_path, parse_settings
 from parts.errors import InputError
 from parts.files import JsonLines, atomic_path, clear_folder, clear_leftovers, remove_folder, write_json
 from parts.models import model_identity
-from parts.ppo_state import find_start, make_room
+from parts.ppo_checkpoints import find_start, make_room
 from parts.runs import find_adapters
 from run_ppo import PPOSettings
 

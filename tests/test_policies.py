@@ -67,7 +67,8 @@ def step(trainer, number: int):
 
 
 def test_a_run_of_all_weights_resumes_bit_for_bit(tiny_model, tmp_path):
-    from parts.ppo_state import fault, load, save
+    from parts.ppo_checkpoints import fault
+    from parts.ppo_state import load, save
     from parts.ppo_trainer import FastPPOTrainer
 
     one, other = (make(FastPPOTrainer, tiny_model, use_peft=False) for _ in range(2))
@@ -174,7 +175,8 @@ def test_gradients_through_quantised_weights_after_sampling(wide_model, bits):
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from parts.ppo_trainer import FastPPOTrainer, base_model
+    from parts.ppo_policy import base_model
+    from parts.ppo_trainer import FastPPOTrainer
 
     trainer = make(FastPPOTrainer, wide_model, **{f"load_in_{bits}bit": True})
     trainer.generate([torch.tensor([5, 6, 7])], batch_size=1, return_prompt=False, max_new_tokens=3, do_sample=True)

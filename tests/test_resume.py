@@ -136,7 +136,7 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys):
 
     from parts.errors import InputError
     from parts.files import file_digest
-    from parts.ppo_state import check_settings
+    from parts.ppo_checkpoints import check_settings
     from run_ppo import PPOSettings
 
     def settings(**changes) -> PPOSettings:

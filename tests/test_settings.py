@@ -82,7 +82,8 @@ def test_every_declared_setting_is_read_and_explained(script, cls):
     read = reads_of(script, "settings")
     if script in ("run_ppo", "parts.gold_settings"):  # which hand their settings on, or read their own
         read |= (
-            reads_of("parts.ppo_state", "settings")
+            reads_of("parts.ppo_checkpoints", "settings")
+            | reads_of("parts.ppo_state", "settings")
             | reads_of("parts.ppo_setup", "settings")
             | reads_of("parts.gold_models", "self")
             | reads_of("parts.gold_settings", "self")
