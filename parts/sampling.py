@@ -63,7 +63,9 @@ class Decoding:
         """
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_k:
             logits = TopKLogitsWarper(self.top_k)(None, logits)
         if self.top_p < 1:
@@ -129,30 +131,28 @@ class _RoomyLayer(DynamicLayer):
     room: tuple[torch.Tensor, torch.Tensor]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
-        end = start + key_states.shape[-2]
-        if start == 0:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room = (key_states[..., :0, :], value_states[..., :0, :])
-        if end > self.room[0].shape[-2]:
-            larger = tuple(room.new_empty(*room.shape[:-2], end + SPARE, room.shape[-1]) for room in self.room)
-            for new, old in zip(larger, self.room):
-                new[..., :start, :] = old[..., :start, :]
-            self.room = larger
-        for room, states in zip(self.room, (key_states, value_states)):
-            room[..., start:end, :] = states
-        self._show(end)
+            self.room = self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self.room[0].shape[2]:
+            self.room = tuple(room.new_empty(*room.shape[:2], end + SPARE, room.shape[3]) for room in self.room)
+            self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
+        keys, values = self.room
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
     def _show(self, end: int) -> None:
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
 
     def reorder_cache(self, indices: torch.Tensor) -> None:
         end = self.keys.shape[-2]
         self.room = tuple(room[indices] for room in self.room)
         self._show(end)
 
-    def put(self, slots: Sequence[int], other: _RoomyLayer) -> None:
+    def put(self, slots: torch.Tensor, other: _RoomyLayer) -> None:
         """The rows of `other` in place of those in `slots`, on the right."""
         end = self.keys.shape[-2]
         for room, states in zip(self.room, (other.keys, other.values)):
@@ -191,7 +191,7 @@ class _Batch:
         self._read(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
         if len(different) < len(prompts):
             number = {prompt: place for place, prompt in enumerate(different)}
-            self.keep([number[tuple(prompt)] for prompt in prompts])
+            self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
 
     @property
     def can_refill(self) -> bool:
@@ -209,17 +209,16 @@ class _Batch:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self._read(tokens[:, None], self.positions)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, rows: torch.Tensor) -> None:
         """These rows alone, in this order; one may come twice."""
-        index = torch.tensor(rows, device=self.device)
-        self.cache.reorder_cache(index)
-        self.mask, self.positions, self.logits = self.mask[index], self.positions[index], self.logits[index]
+        self.cache.reorder_cache(rows)
+        self.mask, self.positions, self.logits = self.mask[rows], self.positions[rows], self.logits[rows]
 
-    def forget(self, slots: Sequence[int]) -> None:
+    def forget(self, slots: torch.Tensor) -> None:
         """Let the rows in `slots` go on as new ones, so that none grows beyond the positions that the model has."""
         self.mask[slots, :-1], self.positions[slots] = 0, 0
 
-    def refill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def refill(self, slots: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
         others = _Batch(self.model, prompts)
         width = self.mask.shape[1] - others.mask.shape[1]
@@ -272,6 +271,8 @@ def sample(
     waiting = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), *prompts[place]))  # the same prompts side by side
     responses: list[list[int]] = [[] for _ in prompts]
     recurrent = keeps_states(_roomy_cache(model))
+    device = next(model.parameters()).device
+    numbers = draws.to(device).flatten()  # a row's next one is at its place in `at`, on the device: no step waits for a copy
 
     def enter(most: int) -> list[int]:
         length = len(prompts[waiting[0]])
@@ -279,52 +280,54 @@ def sample(
         del waiting[: len(entering)]
         return entering
 
-    def choose(places: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each place, [places]; -1 stands for a row that is over."""
-        some = [max(place, 0) for place in places]
-        steps = [len(responses[place]) % decoding.max_new_tokens for place in some]
-        chosen = decoding.choose(logits, draws[some, steps])
-        for place, token, largest in zip(places, chosen.tolist(), logits.amax(dim=-1).tolist()):
-            if place >= 0:
-                if not math.isfinite(largest):
-                    number = len(responses[place]) + 1
-                    raise FloatingPointError(f"row {names[place] + 1}: the logits of token {number} are {largest}, expected numbers")
-                responses[place].append(token)
-        return chosen
+    def first_draws(places: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(places, device=device) * decoding.max_new_tokens
 
-    def still(places: Sequence[int]) -> list[int]:
-        """The places, -1 for those whose responses are over now."""
+    def choose(places: Sequence[int], logits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """The next token of each place, [places], and the places, -1 for those whose responses are over. Moves `at` on."""
+        tokens = decoding.choose(logits, numbers[at])
+        at += 1
+        largest = logits.amax(dim=-1)
         left = []
-        for place in places:
-            over = place >= 0 and (responses[place][-1] in ends or len(responses[place]) == decoding.max_new_tokens)
-            if over and finished is not None:
-                finished(place, responses[place])
-            left.append(-1 if over else place)
-        return left
+        told = torch.where(largest.abs() < math.inf, tokens, -1).tolist()  # a step's only wait for a GPU
+        for slot, (place, token) in enumerate(zip(places, told)):
+            if place >= 0:
+                response = responses[place]
+                if token < 0:
+                    found = f"the logits of token {len(response) + 1} are {largest[slot].item()}"
+                    raise FloatingPointError(f"row {names[place] + 1}: {found}, expected numbers")
+                response.append(token)
+                if token in ends or len(response) == decoding.max_new_tokens:
+                    if finished is not None:
+                        finished(place, response)
+                    place = -1
+            left.append(place)
+        return tokens, left
 
     while waiting:
         places = enter(at_a_time or len(waiting))
-        batch = _Batch(model, [prompts[place] for place in places])
-        tokens = choose(places, batch.logits)
-        places = still(places)
+        batch, at = _Batch(model, [prompts[place] for place in places]), first_draws(places)
+        tokens, places = choose(places, batch.logits, at)
         while any(place >= 0 for place in places):
             ended = [slot for slot, place in enumerate(places) if place < 0]
             if len(ended) * 8 >= len(places):  # a few at a time: reading a prompt, or moving the others, costs as much for one row
                 if waiting and batch.can_refill:
                     entering = enter(len(ended))
-                    slots = ended[: len(entering)]
-                    tokens[slots] = choose(entering, batch.refill(slots, [prompts[place] for place in entering]))
-                    for slot, place in zip(slots, still(entering)):
+                    slots, others = torch.tensor(ended[: len(entering)], device=device), first_draws(entering)
+                    tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
+                    at[slots] = others
+                    for slot, place in zip(ended, entered):
                         places[slot] = place
                     continue
-                stay = [slot for slot, place in enumerate(places) if place >= 0]
+                stay = torch.tensor([slot for slot, place in enumerate(places) if place >= 0], device=device)
                 batch.keep(stay)
-                tokens, places = tokens[stay], [places[slot] for slot in stay]
+                tokens, at, places = tokens[stay], at[stay], [place for place in places if place >= 0]
             elif ended:
-                batch.forget(ended)
+                slots = torch.tensor(ended, device=device)
+                batch.forget(slots)
+                at[slots] = 0
             batch.read(tokens)
-            tokens = choose(places, batch.logits)
-            places = still(places)
+            tokens, places = choose(places, batch.logits, at)
     return responses
 
 
