@@ -23,6 +23,7 @@ floor 2, words, names, numbers
 floor 3, on models
     adapters          PEFT adapters on a model that is used again after them
 floor 4, what the stages are made of
+    conversations     a question and its answer as a gold reward model reads them
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_settings     how gold reward models are loaded and run
