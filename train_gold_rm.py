@@ -95,11 +95,12 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
 
     gold = SequenceClassificationRMForInference(settings.output_dir, settings=GoldSettings(gold_dtype="float32"))
     texts = list(dict.fromkeys((pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
-    texts.sort(key=lambda text: len(text[0] + text[1]))
+    batch = {"query": [query for query, _ in texts], "response": [text for _, text in texts]}
     scores = {}
-    for start in tqdm(range(0, len(texts), 64), desc="held-out texts", unit="batch"):
-        rows = texts[start : start + 64]
-        scores |= zip(rows, gold.get_reward({"query": [query for query, _ in rows], "response": [text for _, text in rows]}))
+    with tqdm(total=len(texts), desc="held-out texts", unit="text") as bar:
+        for rows, found in gold.iter_rewards(batch):
+            scores |= {texts[row]: score for row, score in zip(rows, found)}
+            bar.update(len(rows))
     margins = [scores[pair.instruction, pair.chosen] - scores[pair.instruction, pair.rejected] for pair in pairs]
     return accuracies(pairs, margins, settings.heldout_systems)
 
@@ -136,7 +137,7 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     Raises:
         InputError: no pair fits `max_length`, or none of one half of the balance.
     """
-    from parts.gold_models import encode_conversation
+    from parts.conversations import encode_conversation
 
     rng = random.Random(settings.seed)
 

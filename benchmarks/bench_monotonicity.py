@@ -25,9 +25,9 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eval_monotonicity import MonotonicitySettings, choose_checkpoints, read_run, score_gold, score_proxies
+from parts.conversations import encode_conversation
 from parts.cpu_speed import OneDNNLinear
 from parts.files import REPOSITORY
-from parts.gold_models import encode_conversation
 from parts.models import adapter_base
 from parts.rewards import reward_batch
 from parts.rows import read_rows

@@ -26,6 +26,7 @@ floor 3, on models and runs
     ppo_checkpoints   a PPO run's checkpoints: which one it resumes from, what is in its way
     adapters          PEFT adapters on a model that is used again after them
 floor 4, what the stages are made of
+    conversations     a question and its answer as a gold reward model reads them
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances
     gold_settings     how gold reward models are loaded and run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -35,6 +36,46 @@ def batches_by_length(
                 continue
         batches.append([place])
     return batches
+
+
+PASS = 32  # what a pass costs beyond its tokens, in tokens
+
+
+def batches_by_start(rows: Sequence[Sequence[int]], most_rows: float = math.inf, most_tokens: float = math.inf) -> list[list[int]]:
+    """Places of token ids in batches of the fewest tokens in all, where what all of a batch's rows begin with counts once.
+
+    Rows in the order of their ids have the longest starts in common with their neighbours; where to cut this order is found by dynamic
+    programming over its ends. A row's last token is never shared.
+
+    Args:
+        rows: token ids.
+        most_rows, most_tokens: in a batch; a longer row is a batch of its own.
+    """
+    order = sorted(range(len(rows)), key=lambda place: rows[place])
+    common = [0, *(_common(rows[first], rows[second]) for first, second in pairwise(order))]
+    least, begins = [0], []  # of the first 0, 1, ... rows: the fewest tokens, and where their last batch begins
+    for end, place in enumerate(order, start=1):
+        whole, shared, options = 0, len(rows[place]) - 1, []
+        for begin in range(end - 1, -1, -1):
+            own = rows[order[begin]]
+            whole, shared = whole + len(own), min(shared, len(own) - 1, common[begin + 1] if begin + 1 < end else shared)
+            tokens = whole - shared * (end - begin - 1)
+            if begin < end - 1 and (end - begin > most_rows or tokens > most_tokens):
+                break
+            options.append((least[begin] + tokens + PASS, begin))
+        best, begin = min(options)
+        least.append(best)
+        begins.append(begin)
+    batches, end = [], len(rows)
+    while end:
+        batches.append(order[begins[end - 1] : end])
+        end = begins[end - 1]
+    return batches[::-1]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with."""
+    return next((place for place, (one, two) in enumerate(zip(first, second)) if one != two), min(len(first), len(second)))
 
 
 def pad(

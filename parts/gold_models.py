@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from parts.adapters import adapter_weights, is_lora, put_on, read_kind
-from parts.batching import batches_by_length, pad
-from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, own_source
-from parts.cpu_speed import most_tokens, use_onednn
+from parts.batching import batches_by_length, batches_by_start, pad
+from parts.conversations import cut_left, encode_row
+from parts.cpu_speed import most_tokens, train_faster, use_onednn
 from parts.errors import InputError
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
 from parts.models import adapter_base, in_bits, loading, model_identity
+from parts.packing import can_pack, longest, without_padding
 from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
@@ -35,40 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> list[int]:
-    """Token ids of one user turn and one assistant turn in the tokenizer's own chat template.
-
-    A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair. Ids beyond `max_length` are cut on the
-    left, after a first BOS or CLS. A template that fails without a system turn gets an empty one.
-    """
-    return encode_row(tokenizer, query, response, max_length)[0]
-
-
-def encode_row(tokenizer: PreTrainedTokenizerBase, query: str, response: str, max_length: int) -> tuple[list[int], list[int]]:
-    """As `encode_conversation`, with the token types of a pair; other ids have the type 0."""
-    if not tokenizer.chat_template:
-        tokenizer.truncation_side = "left"
-        found = tokenizer(query, response, truncation="longest_first", max_length=max_length)
-        return found["input_ids"], found.get("token_type_ids", [0] * len(found["input_ids"]))
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    template = ChatTemplate(TOKENIZER_OWN, own_source(tokenizer.get_chat_template()), (), (), special)
-    turns = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    try:
-        text = template.render_chat(turns, add_generation_prompt=False)
-    except InputError:
-        text = template.render_chat([{"role": "system", "content": ""}, *turns], add_generation_prompt=False)
-    ids = _cut_left(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], max_length)
-    return ids, [0] * len(ids)
-
-
-def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int) -> list[int]:
-    """The last `max_length` ids; a BOS or CLS stays before them."""
-    kept = 1 if ids[:1] and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
-    return ids if len(ids) <= max_length else ids[:kept] + ids[len(ids) - max_length + kept :]
-
-
 class _GoldRewardModel(ABC):
-    """Scores (query, response) rows in length-sorted, right-padded batches; subclasses say how to encode and to score."""
+    """Scores (query, response) rows in batches, length-sorted and padded on the right; subclasses say how to encode and to score."""
 
     def __init__(
         self,
@@ -119,15 +88,18 @@ class _GoldRewardModel(ABC):
         if len(batch["query"]) != len(batch["response"]):
             raise InputError(f"gold reward: {len(batch['query'])} queries for {len(batch['response'])} responses")
         encoded = [self.encode(query, response) for query, response in zip(batch["query"], batch["response"])]
-        lengths = [len(ids) for ids, _ in encoded]
         tokens = most_tokens(self.settings.gold_batch_tokens, self.model.device)
-        for rows in batches_by_length(lengths, self.batch_size, tokens):
+        for rows in self.batches([ids for ids, _ in encoded], tokens):
             scores = require_finite(self._score_rows([encoded[row] for row in rows]), f"gold reward ({self.name})", rows)
             yield rows, scores
 
     def encode(self, query: str, response: str) -> tuple[list[int], list[int]]:
         """Token ids of one row, truncated on the left to `max_length`, and their types."""
         return encode_row(self.tokenizer, query, response, self.max_length)
+
+    def batches(self, rows: Sequence[list[int]], tokens: float) -> list[list[int]]:
+        """Places of rows of token ids that are scored together, at most `tokens` of them in a batch."""
+        return batches_by_length(list(map(len, rows)), self.batch_size, tokens)
 
     @torch.inference_mode()
     def _score_rows(self, encoded: Sequence[tuple[list[int], list[int]]]) -> list[float]:
@@ -177,7 +149,7 @@ class StarlingRMForInference(_GoldRewardModel):
         if self.settings.human_assistant_prefix:
             query = f"\n\nHuman: {query}\n\nAssistant: "
         text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
-        ids = _cut_left(self.tokenizer, self.tokenizer(text)["input_ids"], self.max_length)
+        ids = cut_left(self.tokenizer, self.tokenizer(text)["input_ids"], self.max_length)
         return ids, [0] * len(ids)
 
     def padding(self, rows: Sequence[Sequence[int]]) -> int:
@@ -212,6 +184,8 @@ def _starling_class() -> type[PreTrainedModel]:
 
 class SequenceClassificationRMForInference(_GoldRewardModel):
     """Any one-label `AutoModelForSequenceClassification` reward model (hub name, folder, or a PEFT adapter folder on one).
+
+    On a CPU a causal model that `packing.can_pack` reads rows without padding, and what the rows of a batch begin with once.
 
     Args:
         name_or_path: hub name or folder.
@@ -253,8 +227,14 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         self._types = "token_type_ids" in tokenizer.model_input_names
         pad_token_id = self.config.pad_token_id
         self._pad = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < self.config.vocab_size else None
+        self._backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+        self._most_packed = 0  # tokens of a row
         if not self._batches_are_alike():
             self.batch_size = 1
+        elif can_pack(self._backbone):
+            train_faster(self._backbone)
+            self._most_packed = longest(self._backbone)
+            self._most_packed *= self._batches_are_alike()
 
     def padding(self, rows: Sequence[Sequence[int]]) -> int:
         """The model's own padding, or an id that no row holds: the score is read where the last other id is."""
@@ -273,16 +253,32 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         finally:
             self.config.pad_token_id = before
 
+    def batches(self, rows: Sequence[list[int]], tokens: float) -> list[list[int]]:
+        """As the padded ones, but for short rows that are packed: those that begin alike are together."""
+        short = [place for place, ids in enumerate(rows) if len(ids) <= self._most_packed]
+        long = [place for place, ids in enumerate(rows) if len(ids) > self._most_packed]
+        packed = batches_by_start([rows[place] for place in short], self.batch_size, tokens)
+        padded = super().batches([rows[place] for place in long], tokens)
+        return [[short[at] for at in batch] for batch in packed] + [[long[at] for at in batch] for batch in padded]
+
+    def _score_rows(self, encoded: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        rows = [ids for ids, _ in encoded]
+        with without_padding(self._backbone, rows) if max(map(len, rows)) <= self._most_packed else nullcontext():
+            return super()._score_rows(encoded)
+
     def _batches_are_alike(self) -> bool:
-        """Whether two rows of unequal length score together as each alone; where they do not, rows are scored one by one."""
+        """Whether rows of unequal length that begin alike score together as each alone."""
         first = [token for token in range(self.config.vocab_size) if token != self._pad][:12]
-        rows = [(first, [0] * 12), (first[5:10], [0] * 5)]
+        rows = [(first, [0] * 12), (first[:5] + first[10:], [0] * 7)]
+        alone = []
+        for row in rows:
+            alone += super()._score_rows([row])
         try:
             together = self._score_rows(rows)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         close = 1e-4 if self.model.dtype == torch.float32 else 0.2  # half precision rounds scores by this much at worst
-        return bool(np.allclose(together, [self._score_rows([row])[0] for row in rows], rtol=close, atol=close))
+        return bool(np.allclose(together, alone, rtol=close, atol=close))
 
 
 def _positions(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Rows of unequal length as one sequence: no padding, and what all of them begin with only once. For training on a CPU.
+"""Rows of unequal length as one sequence: no padding, and what all of them begin with only once. For a CPU.
 
     packed = pack(rows, shared_start(rows, most=29))
     with attention_within(model, packed): model(input_ids=packed.input_ids, position_ids=packed.position_ids)
@@ -182,6 +182,34 @@ def attention_within(model: nn.Module, packed: Packed) -> Iterator[None]:
     AttentionInterface.register(ATTENTION, functools.partial(_attention, packed, masks))
     with cpu_speed.attention_by(model, ATTENTION):
         yield
+
+
+@contextmanager
+def without_padding(backbone: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[None]:
+    """While the block runs, `backbone`, which `can_pack`, takes these rows of token ids as one sequence, however they are padded on the right.
+
+    The states that it returns are [rows, longest row, hidden], 0 in the padding.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    tokens = [torch.tensor(row) for row in rows]
+    packed = pack(tokens, shared_start(tokens, min(map(len, tokens)) - 1))
+    forward, own = backbone.forward, vars(backbone).get("forward")
+
+    def of_packed(*args: object, **options: object) -> BaseModelOutputWithPast:
+        states = forward(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).last_hidden_state[0]
+        starts = (packed.shared, *packed.ends[:-1])
+        alone = [torch.cat([states[: packed.shared], states[start:end]]) for start, end in zip(starts, packed.ends)]
+        return BaseModelOutputWithPast(last_hidden_state=pad_sequence(alone, batch_first=True))
+
+    try:
+        backbone.forward = of_packed
+        with attention_within(backbone, packed):
+            yield
+    finally:
+        del backbone.forward
+        if own is not None:
+            backbone.forward = own
 
 
 def longest(model: nn.Module) -> int:

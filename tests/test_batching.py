@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parts.batching import batches_by_length, pad
+from parts.batching import batches_by_length, batches_by_start, pad
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,19 @@ from parts.batching import batches_by_length, pad
 def test_batches(limits, expected):
     assert batches_by_length([30, 10, 90, 20, 10], **limits) == expected
     assert batches_by_length([], **limits) == []
+
+
+def test_rows_that_begin_alike_are_together():
+    long, other = list(range(100)), list(range(200, 300))
+    rows = [[*long, 1], [*other, 1], [*long, 2, 3], [*other, 1], [*long, 4]]
+    assert batches_by_start(rows) == [[0, 2, 4], [1, 3]]
+    assert batches_by_start(rows, most_rows=2) == [[0], [2, 4], [1, 3]]
+    assert batches_by_start(rows, most_tokens=104) == [[0, 2, 4], [1, 3]]
+    assert batches_by_start(rows, most_tokens=103) == [[0], [2, 4], [1, 3]]
+    assert batches_by_start(rows, most_tokens=50) == [[0], [2], [4], [1], [3]]
+    assert batches_by_start([[7, 8], [7, 9], [5, 6]]) == [[2, 0, 1]]  # a pass of its own costs more than 32 tokens
+    assert batches_by_start([[7], [7], [7, 8]]) == [[0, 1, 2]]
+    assert batches_by_start([]) == []
 
 
 def test_padding_on_either_side():

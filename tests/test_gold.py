@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from parts.batching import batches_by_length
 from parts.bradley_terry import bradley_terry_loss
+from parts.conversations import encode_conversation
 from parts.errors import InputError
 from parts.files import read_json
 from parts.gold_models import (
     GoldSettings,
     SequenceClassificationRMForInference,
     StarlingRMForInference,
-    encode_conversation,
     load_gold_reward_model,
 )
 from parts.models import model_identity

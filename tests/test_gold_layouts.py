@@ -10,11 +10,14 @@ from conftest import CHATML, ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
+from parts.batching import pad
+from parts.conversations import encode_row
 from parts.errors import InputError
 from parts.files import read_json
-from parts.gold_models import GoldSettings, encode_row, load_gold_reward_model
+from parts.gold_models import GoldSettings, load_gold_reward_model
 
 BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}
+PAIRS = list(zip(*BATCH.values()))
 ENDS_IN_EOS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
 SMALL = {
     "vocab_size": 410,
@@ -26,10 +29,10 @@ SMALL = {
 }
 
 
-def documented(model, tokenizer) -> list[float]:
+def documented(model, tokenizer, pairs=PAIRS) -> list[float]:
     """One row at a time, as model cards have it."""
     scores = []
-    for query, response in zip(BATCH["query"], BATCH["response"]):
+    for query, response in pairs:
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
             inputs = tokenizer.apply_chat_template(turns, tokenize=True, return_tensors="pt", return_dict=True)
@@ -96,12 +99,14 @@ LAYOUTS = {
 }
 
 
+def reward_model(tokenizer_of, name: str):
+    make, family, more = LAYOUTS[name]
+    return model_in(make(tokenizer_of), family, **more)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scores_are_those_of_the_documented_call(tokenizer_of, name):
-    make, family, more = LAYOUTS[name]
-    if family == "gpt2":
-        more = {key: value for key, value in more.items() if key != "hidden_size"}
-    folder = model_in(make(tokenizer_of), family, **more)
+    folder = reward_model(tokenizer_of, name)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     expected = documented(model, AutoTokenizer.from_pretrained(folder))
     gold = load_gold_reward_model(str(folder), device="cpu")
@@ -109,6 +114,36 @@ def test_scores_are_those_of_the_documented_call(tokenizer_of, name):
     assert gold.get_reward(BATCH) == pytest.approx(expected, abs=1e-4)
     one = load_gold_reward_model(str(folder), device="cpu", batch_size=1)
     assert one.get_reward(BATCH) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("limit", [512, 19])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_rows_begin_with_is_read_once(tokenizer_of, name, limit, monkeypatch):
+    """By models that can be packed, in rows up to a limit. The scores stay the documented call's."""
+    monkeypatch.setattr("parts.packing.MOST_TOKENS", limit)
+    folder = reward_model(tokenizer_of, name)
+    pairs = [(row["input"], other["output"]) for row in ROWS[:2] for other in ROWS]
+    expected = documented(AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), pairs)
+    gold = load_gold_reward_model(str(folder), device="cpu")
+    read = []
+    gold.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
+    assert gold.get_reward({"query": [query for query, _ in pairs], "response": [text for _, text in pairs]}) == pytest.approx(
+        expected, abs=1e-4
+    )
+    lengths = [len(gold.encode(*pair)[0]) for pair in pairs]
+    short = [length for length in lengths if length <= limit and LAYOUTS[name][1] in ("llama", "qwen2", "qwen3", "mistral", "gpt2")]
+    assert sum(rows for rows, _ in read if rows > 1) == len(pairs) - len(short)
+    assert sum(tokens for rows, tokens in read if rows == 1) <= 0.6 * sum(short)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_scores_are_those_of_a_padded_batch(tokenizer_of, side):
+    folder = reward_model(tokenizer_of, "another padding")
+    gold = load_gold_reward_model(str(folder), device="cpu")
+    ids, mask = pad([gold.encode(*pair)[0] for pair in PAIRS], 7, side)
+    with torch.no_grad():
+        expected = AutoModelForSequenceClassification.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask).logits[:, 0]
+    assert gold.get_reward(BATCH) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_an_adapters_own_tokenizer_and_template(tiny_model, tmp_path):
@@ -200,10 +235,15 @@ def test_a_configuration_inside_another(tokenizer_of):
 
 
 def test_a_lora_is_merged_in_single_precision_alone(tiny_gold, tmp_path):
-    model = get_peft_model(
-        AutoModelForSequenceClassification.from_pretrained(tiny_gold), LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"])
-    )
-    model.save_pretrained(tmp_path)
-    assert not isinstance(load_gold_reward_model(str(tmp_path), device="cpu").model, PeftModel)
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_gold)
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    whole = load_gold_reward_model(str(tmp_path), device="cpu")
+    assert not isinstance(whole.model, PeftModel)
     half = load_gold_reward_model(str(tmp_path), device="cpu", settings=GoldSettings(gold_dtype="bfloat16"))
     assert isinstance(half.model, PeftModel)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_gold, dtype=torch.bfloat16)
+    alone = documented(PeftModel.from_pretrained(plain, tmp_path).eval(), half.tokenizer)
+    assert half.get_reward(BATCH) == pytest.approx(alone, abs=1e-3)
+    assert whole.get_reward(BATCH) == pytest.approx(alone, abs=1e-3)

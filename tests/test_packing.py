@@ -7,7 +7,8 @@ import torch
 from test_families import VOCABULARY, build, policy
 
 from parts import cpu_speed
-from parts.packing import _WithinRows, attention_within, can_pack, longest, pack, shared_start
+from parts.batching import pad
+from parts.packing import _WithinRows, attention_within, can_pack, longest, pack, shared_start, without_padding
 
 ROWS = [torch.tensor([7, 8, 9, 1, 2]), torch.tensor([7, 8, 9, 5]), torch.tensor([7, 8, 4, 1, 2, 3])]
 
@@ -82,6 +83,22 @@ def test_attention_is_the_models_own_again_afterwards():
     with attention_within(model, pack(ROWS, 2)):
         assert model.config._attn_implementation == "within_rows"
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_padded_pass_without_its_padding():
+    model = build("llama").model
+    rows = [[7, 8, 9, 1, 2], [7, 8], [7, 8, 9, 5], [7, 8]]
+    ids, mask = pad(rows, 0)
+    with torch.no_grad():
+        expected = [model(torch.tensor([row])).last_hidden_state[0] for row in rows]
+        with without_padding(model, rows):
+            found = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        again = model(ids[:1]).last_hidden_state[0]
+    assert found.shape == (4, 5, expected[0].shape[1])
+    for row, own in zip(found, expected):
+        torch.testing.assert_close(row[: len(own)], own, rtol=1e-4, atol=1e-5)
+        assert not row[len(own) :].any()
+    torch.testing.assert_close(again, expected[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ norms and LoRA
