@@ -30,7 +30,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -51,7 +53,7 @@ from parts.designs import (
 )
 from parts.errors import InputError, run_main
 from parts.features import tokens_of
-from parts.files import clear_folder, digest, write_json
+from parts.files import clear_folder, write_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
@@ -60,8 +62,11 @@ from parts.report import print_comparison, print_run, print_together, write_comp
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
-from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
+from parts.scores import Proxies, ScoreStore, gold_column, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
 from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
+
+if TYPE_CHECKING:
+    from parts.gold_models import LazyGold
 
 
 @dataclass
@@ -237,20 +242,17 @@ def rollout_batch(checkpoint: Checkpoint, references: Sequence[Mapping]) -> dict
     return reward_batch(instructions, outputs, references)
 
 
-def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[str, list[dict[str, list]]]:
+def score_proxies(runs: Sequence[Run], proxies: Proxies) -> dict[str, list[dict[str, list]]]:
     """By run, the components of each checkpoint's rows."""
     from tqdm import tqdm
 
     tables: dict[str, list[dict[str, list]]] = {}
     with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc="proxy", unit="row") as bar:
-        rewards = {}
         for run in runs:
-            facts = proxy_facts(run.proxy, run.template, run.output_max_length)
-            if digest(facts) not in rewards:
-                rewards[digest(facts)] = run.proxy.load_reward(run.template, run.output_max_length, settings.device or None)
-            reward = rewards[digest(facts)]
+            how = (run.proxy, run.template, run.output_max_length)
+            facts = proxy_facts(*how)
             tables[run.name] = [
-                proxy_columns(reward, ScoreStore(point.scores, facts), rollout_batch(point, run.references), bar.update)
+                proxy_columns(partial(proxies, *how), ScoreStore(point.scores, facts), rollout_batch(point, run.references), bar.update)
                 for point in run.checkpoints
             ]
             for point, table in zip(run.checkpoints, tables[run.name]):
@@ -258,29 +260,33 @@ def score_proxies(settings: MonotonicitySettings, runs: Sequence[Run]) -> dict[s
     return tables
 
 
-def score_gold(
-    settings: MonotonicitySettings, gold_settings: GoldSettings, name: str, runs: Sequence[Run]
-) -> tuple[dict[str, np.ndarray], str]:
-    """By run, the gold scores [checkpoints, rows]; and the dtype they were computed in."""
-    from tqdm import tqdm
-
-    from parts.gold_models import load_gold_reward_model
+def open_gold(settings: MonotonicitySettings, gold_settings: GoldSettings, name: str) -> LazyGold:
+    from parts.gold_models import LazyGold
 
     try:
-        gold = load_gold_reward_model(name, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
+        return LazyGold(name, settings.device or None, settings.batch_size, gold_settings)
     except InputError as error:
         if not settings.by_default:
             raise
         raise InputError(f"--gold_model is missing, and the paper's, {DEFAULT_GOLD}, cannot be loaded ({error})") from None
-    facts = gold.facts
+
+
+def score_gold(gold: LazyGold, runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """By run, the gold scores [checkpoints, rows]."""
+    from tqdm import tqdm
+
     scores: dict[str, np.ndarray] = {}
-    with tqdm(total=sum(len(point.rows) for run in runs for point in run.checkpoints), desc=f"gold {Path(name).name}", unit="row") as bar:
+    total = sum(len(point.rows) for run in runs for point in run.checkpoints)
+    with tqdm(total=total, desc=f"gold {Path(gold.name).name}", unit="row") as bar:
         for run in runs:
             columns = (([row["instruction"] for row in point.rows], [row["output"] for row in point.rows]) for point in run.checkpoints)
             scores[run.name] = np.array(
-                [gold_column(gold, ScoreStore(point.scores, facts), *texts, bar.update) for point, texts in zip(run.checkpoints, columns)]
+                [
+                    gold_column(gold, ScoreStore(point.scores, gold.facts), *texts, bar.update)
+                    for point, texts in zip(run.checkpoints, columns)
+                ]
             )
-    return scores, gold.dtype
+    return scores
 
 
 def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarray]) -> ScoredRun:
@@ -336,17 +342,22 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for path in folders:
         clear_folder(path)
 
-    # 2. Scores: of samples that a design chooses among, of the runs' rollouts.
-    curves = (
-        judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained)) if settings.best_of_n else []
-    )
-    curves = [curve for curve in curves if curve.design in designs]
-    if settings.best_of_n and (without := set(designs) - {curve.design for curve in curves}):
-        print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")
-    tables = score_proxies(settings, runs)
-    models, dtypes = {}, {}
-    for path, name in golds.items():
-        models[name], dtypes[path] = score_gold(settings, gold_settings, path, runs)
+    # 2. Scores: of the runs' rollouts, and of samples that a design chooses among. Each model loads at most once, for the first row to score.
+    proxies = Proxies(settings.device or None)
+    tables = score_proxies(runs, proxies)
+    models, dtypes, curves = {}, {}, []
+
+    def judge(gold: LazyGold) -> None:
+        models[golds[gold.name]], dtypes[gold.name] = score_gold(gold, runs), gold.dtype
+
+    if settings.best_of_n:
+        read = partial(read_proxy, settings, typed)
+        curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
+        if without := set(designs) - {curve.design for curve in curves}:
+            print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")
+    else:
+        for path in golds:
+            judge(open_gold(settings, gold_settings, path))
     scored = []
     for run, design in zip(runs, designs):
         gold = {name: scores[run.name] for name, scores in models.items()}
@@ -414,21 +425,22 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     # 2. Scores.
     from tqdm import tqdm
 
-    reward = proxy.load_reward(template, settings.output_max_length or 512, settings.device or None)
+    how = (proxy, template, settings.output_max_length or 512)
+    load = partial(Proxies(settings.device or None), *how)
     every = {"every_feature": True} if settings.all_designs else {}
-    facts = {**proxy_facts(proxy, template, settings.output_max_length or 512), **every}
+    facts = {**proxy_facts(*how), **every}
     tables = {}
     with tqdm(total=len(systems) * len(instructions), desc="proxy", unit="row") as bar:
         for name, outputs in systems.items():
             batch = reward_batch(instructions, [outputs[text] for text in instructions], references)
             store = ScoreStore(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.scores.jsonl", facts)
-            tables[name] = proxy_columns(reward, store, batch, bar.update, **every)
+            tables[name] = proxy_columns(load, store, batch, bar.update, **every)
             require_scores(tables[name]["total"], name)
 
     # 3. The answer.
     if settings.all_designs:
         totals = {
-            design: design_totals(reward, switches, list(tables.values())) for design, switches in all_designs(proxy.switched_on).items()
+            design: design_totals(load(), switches, list(tables.values())) for design, switches in all_designs(proxy.switched_on).items()
         }
     else:
         totals = {"as set": np.array([table["total"] for table in tables.values()])}
@@ -473,7 +485,7 @@ def main() -> None:
     if settings.rollouts:
         judge_designs(settings, typed)
     elif not settings.model_prefix:
-        judge_best_of_n(settings, gold_settings, typed, lambda trained: read_proxy(settings, typed, trained))
+        judge_best_of_n(settings, gold_settings, typed, partial(read_proxy, settings, typed), Proxies(settings.device or None))
     else:
         judge_runs(settings, gold_settings, typed)
 

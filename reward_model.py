@@ -40,7 +40,7 @@ from parts.rows import QTYPES, require_finite
 if TYPE_CHECKING:
     import torch
 
-    from parts.gold_models import LearnedReward
+    from parts.learned_reward import LearnedReward
 
 OPENENDED, CONSTRAINED = QTYPES
 DEFAULT_RELEVANCE = "facebook/contriever"
@@ -472,7 +472,7 @@ class RewardSettings(ProxySettings):
         if self.reward_function:
             return load_functions(self.reward_function, self.reward_weights)
         if self.reward_model_name:
-            from parts.gold_models import LearnedReward
+            from parts.learned_reward import LearnedReward
 
             how = (self.reward_ensemble, self.uwo_coefficient, self.reward_offload)
             return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size, *how)

@@ -60,6 +60,7 @@ floor 6, the largest
     gold_models       gold reward models, which PPO may train against too
     annotators        what annotates rows: an API, a local model, a classifier
 floor 7, on all of these
+    learned_reward    reward models in the proxy's place
     best_of_n_command  the best-of-n command
 """
 

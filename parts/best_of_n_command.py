@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,12 +27,22 @@ from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
 from parts.scaling_fits import describe_fit, fit_gains, fitted_line
-from parts.scores import ScoreStore, gold_column, proxy_columns, proxy_facts
+from parts.scores import Proxies, ScoreStore, gold_column, proxy_columns, proxy_facts
+
+if TYPE_CHECKING:
+    from parts.gold_models import LazyGold
 
 MOST_BANDS = 6  # lines in a figure; the bands of more hide each other
 
 
-def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_proxy: Callable[[Mapping], Any]) -> list[BestOfN]:
+def judge_best_of_n(
+    settings,
+    gold_settings: GoldSettings,
+    typed: Mapping,
+    read_proxy: Callable[[Mapping], Any],
+    proxies: Proxies,
+    also: Callable[[LazyGold], object] = lambda gold: None,
+) -> list[BestOfN]:
     """What gold makes of the responses that the proxy chooses among n, for one policy's samples or several.
 
     Args:
@@ -39,6 +50,8 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         gold_settings: how gold models are loaded.
         typed: the settings of the proxy that the user gave, for the record.
         read_proxy: the proxy's settings (`reward_model.RewardSettings`), from the recorded ones of the policy's training.
+        proxies: the rewards of this call.
+        also: called with each gold after its turn, for what else it is to score.
 
     Returns:
         The curve of each policy and design, to be drawn beside PPO.
@@ -58,14 +71,14 @@ def judge_best_of_n(settings, gold_settings: GoldSettings, typed: Mapping, read_
         clear_folder(folder)
 
     # 2. Scores.
-    totals = [score_choice(choice, settings.device or None) for choice in choices]
+    totals = [score_choice(choice, proxies) for choice in choices]
     record = provenance(settings={**asdict(settings), **asdict(gold_settings), **typed}, model=settings.gold_model)
     if settings.write_best:
         (proxy,) = totals[0].values()
         write_best(settings.write_best, choices[0], proxy, record)
     if not golds:
         return []
-    scores, dtypes = score_samples(settings, gold_settings, golds, choices)
+    scores, dtypes = score_samples(settings, gold_settings, golds, choices, also)
 
     # 3. The answer.
     curves = []
@@ -124,19 +137,20 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
     return Choice(samples, proxy, references, template, length, designs)
 
 
-def score_choice(choice: Choice, device: str | None) -> dict[str, np.ndarray]:
+def score_choice(choice: Choice, proxies: Proxies) -> dict[str, np.ndarray]:
     """By design, the proxy of every sample, [rows, samples]. Raises InputError for a lone design that ranks no sample above another."""
     from tqdm import tqdm
 
     samples, proxy, shape = choice.samples, choice.proxy, (len(choice.samples.rows), choice.samples.count)
     every = {"every_feature": True} if choice.designs else {}
-    facts = {**proxy_facts(proxy, choice.template, choice.output_max_length), **every}
-    reward = proxy.load_reward(choice.template, choice.output_max_length, device)
+    how = (proxy, choice.template, choice.output_max_length)
+    facts = {**proxy_facts(*how), **every}
     references = [row for row in choice.references for _ in range(samples.count)]
     with tqdm(total=len(references), desc="proxy", unit="row") as bar:
         store = ScoreStore(scores_path(samples.path), facts)
-        table = proxy_columns(reward, store, reward_batch(*samples.flat, references), bar.update, **every)
+        table = proxy_columns(partial(proxies, *how), store, reward_batch(*samples.flat, references), bar.update, **every)
     if choice.designs:
+        reward = proxies(*how)
         return {name: design_totals(reward, on, [table]).reshape(shape) for name, on in choice.designs.items()}
     total = np.array(table["total"]).reshape(shape)
     if (total == total[:, :1]).all():
@@ -145,23 +159,24 @@ def score_choice(choice: Choice, device: str | None) -> dict[str, np.ndarray]:
 
 
 def score_samples(
-    settings, gold_settings: GoldSettings, golds: Mapping[str, str], choices: Sequence[Choice]
+    settings, gold_settings: GoldSettings, golds: Mapping[str, str], choices: Sequence[Choice], also: Callable[[LazyGold], object]
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, str]]:
     """For each file, by gold, [rows, samples] scores; and the dtype of each gold. Each gold is loaded once."""
     from tqdm import tqdm
 
-    from parts.gold_models import load_gold_reward_model
+    from parts.gold_models import LazyGold
 
     scores: list[dict[str, np.ndarray]] = [{} for _ in choices]
     dtypes = {}
     for path, name in golds.items():
-        gold = load_gold_reward_model(path, device=settings.device or None, batch_size=settings.batch_size, settings=gold_settings)
-        dtypes[path], facts = gold.dtype, gold.facts
+        gold = LazyGold(path, settings.device or None, settings.batch_size, gold_settings)
+        dtypes[path] = gold.dtype
         for choice, own in zip(choices, scores):
             samples = choice.samples
             with tqdm(total=len(samples.rows) * samples.count, desc=f"gold {Path(path).name}", unit="row") as bar:
-                column = gold_column(gold, ScoreStore(scores_path(samples.path), facts), *samples.flat, bar.update)
+                column = gold_column(gold, ScoreStore(scores_path(samples.path), gold.facts), *samples.flat, bar.update)
             own[name] = np.array(column).reshape(len(samples.rows), samples.count)
+        also(gold)
     return scores, dtypes
 
 

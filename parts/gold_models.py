@@ -1,4 +1,4 @@
-"""Gold reward models: what the proxy is compared with, and what PPO may train against in its place.
+"""Gold reward models: what the proxy is compared with, and what PPO may train against in its place (`parts/learned_reward.py`).
 
 from parts.gold_models import load_gold_reward_model
 gold = load_gold_reward_model("Nexusflow/Starling-RM-34B")
@@ -8,7 +8,6 @@ gold.get_reward({"query": [...], "response": [...]})    # -> list of floats
 from __future__ import annotations
 
 import functools
-import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,11 +28,23 @@ from parts.errors import InputError
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
 from parts.models import adapter_base, in_bits, loading, model_identity
 from parts.packing import can_pack, longest, without_padding
-from parts.rewards import ensemble_total, member_columns
 from parts.rows import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MOST_TOKENS = 2048  # of a row
+
+
+def gold_facts(name: str, commit: str | None, dtype: str, max_length: int, settings: GoldSettings) -> dict:
+    """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens.
+
+    `commit` is of a model from a hub, or of an adapter's base from there.
+    """
+    names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
+    known = {"gold": model_identity(name), "commit": commit, "dtype": dtype, "max_length": max_length}
+    return {**known, **{name: getattr(settings, name) for name in sorted(names)}}
 
 
 class _GoldRewardModel(ABC):
@@ -61,15 +72,8 @@ class _GoldRewardModel(ABC):
 
     @property
     def facts(self) -> dict:
-        """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens."""
-        names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
-        return {
-            "gold": model_identity(self.name),
-            "commit": getattr(self.model.config, "_commit_hash", None),  # of a model from a hub, or of an adapter's base from there
-            "dtype": self.dtype,
-            "max_length": self.max_length,
-            **{name: getattr(self.settings, name) for name in sorted(names)},
-        }
+        """All that a score depends on besides the row."""
+        return gold_facts(self.name, getattr(self.model.config, "_commit_hash", None), self.dtype, self.max_length, self.settings)
 
     def get_reward(self, batch: Mapping[str, Sequence[str]]) -> list[float]:
         """One float a row for {"query": raw instructions, "response": responses}, in the order given.
@@ -134,7 +138,7 @@ class StarlingRMForInference(_GoldRewardModel):
         tokenizer_name: str = "01-ai/Yi-34B-Chat",
         device: str | None = None,
         batch_size: int = 8,
-        max_length: int = 2048,
+        max_length: int = MOST_TOKENS,
         settings: GoldSettings | None = None,
     ) -> None:
         from transformers import AutoTokenizer
@@ -198,20 +202,17 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         name_or_path: str,
         device: str | None = None,
         batch_size: int = 8,
-        max_length: int = 2048,
+        max_length: int = MOST_TOKENS,
         settings: GoldSettings | None = None,
     ) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         settings = settings or GoldSettings()
-        is_adapter = (Path(name_or_path) / "adapter_config.json").is_file()
-        base = adapter_base(name_or_path) if is_adapter else name_or_path
+        base, tokenizer = _base_and_tokenizer(name_or_path)
+        is_adapter = base != name_or_path
         if is_adapter and read_kind(name_or_path).get("task_type") not in (None, "SEQ_CLS"):
             task = read_kind(name_or_path)["task_type"]
             raise InputError(f"{name_or_path}/adapter_config.json: task_type is {task!r}, expected SEQ_CLS, a reward model's")
-        own = is_adapter and (Path(name_or_path) / "tokenizer_config.json").is_file()
-        with loading(name_or_path if own else base, "a reward model's tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path if own else base, trust_remote_code=False)
         brought = adapter_weights(name_or_path) if is_adapter else ()
         model = _load_model(AutoModelForSequenceClassification, base, device, settings, is_adapter, brought)
         if is_adapter:
@@ -222,8 +223,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         if model.config.num_labels != 1:
             raise InputError(f"{name_or_path}: a head of {model.config.num_labels} labels, expected a reward model with one")
         self.config = model.config.get_text_config()
-        limits = [max_length, tokenizer.model_max_length, _positions(model)]
-        super().__init__(model, tokenizer, name_or_path, batch_size, min(limits), settings)
+        super().__init__(model, tokenizer, name_or_path, batch_size, min(max_length, _longest_row(model, tokenizer)), settings)
         self._types = "token_type_ids" in tokenizer.model_input_names
         pad_token_id = self.config.pad_token_id
         self._pad = pad_token_id if pad_token_id is not None and 0 <= pad_token_id < self.config.vocab_size else None
@@ -281,13 +281,61 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         return bool(np.allclose(together, alone, rtol=close, atol=close))
 
 
-def _positions(model: PreTrainedModel) -> int:
-    """Most tokens that a model has positions for; `sys.maxsize` where there is no limit."""
+def _base_and_tokenizer(name_or_path: str) -> tuple[str, PreTrainedTokenizerBase]:
+    """The model that an adapter is for, or the name itself; and the tokenizer, an adapter's own where it has one."""
+    from transformers import AutoTokenizer
+
+    is_adapter = (Path(name_or_path) / "adapter_config.json").is_file()
+    base = adapter_base(name_or_path) if is_adapter else name_or_path
+    own = is_adapter and (Path(name_or_path) / "tokenizer_config.json").is_file()
+    with loading(name_or_path if own else base, "a reward model's tokenizer"):
+        return base, AutoTokenizer.from_pretrained(name_or_path if own else base, trust_remote_code=False)
+
+
+def _longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens that a tokenizer allows and that a model has positions for; `sys.maxsize` where there is no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for name, module in model.named_modules():  # RoBERTa's kind counts from the padding's id on
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limit = min(limit, module.num_embeddings - module.padding_idx - 1)
-    return limit if limit > 0 else sys.maxsize
+    return min(limit if limit > 0 else sys.maxsize, tokenizer.model_max_length)
+
+
+class LazyGold:
+    """A gold reward model that is loaded when the first row has to be scored; until then its files are read, and no weights.
+
+    Args:
+        name, device, batch_size, settings: as for `load_gold_reward_model`.
+
+    Attributes:
+        dtype: that of its weights.
+        facts: as the loaded model's.
+    """
+
+    def __init__(self, name: str, device: str | None, batch_size: int, settings: GoldSettings) -> None:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        self.name = name
+        self._how = {"device": device, "batch_size": batch_size, "settings": settings}
+        self.dtype = _dtype(device, settings)
+        base, longest_row = name, MOST_TOKENS
+        if not is_starling(name):
+            base, tokenizer = _base_and_tokenizer(name)
+        with loading(base, "a reward model"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            if not is_starling(name):
+                with torch.device("meta"):
+                    model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+                longest_row = min(MOST_TOKENS, _longest_row(model, tokenizer))
+        self.facts = gold_facts(name, getattr(config, "_commit_hash", None), self.dtype, longest_row, settings)
+
+    def iter_rewards(self, batch: Mapping[str, Sequence[str]]) -> Iterator[tuple[list[int], list[float]]]:
+        """As the loaded model's."""
+        return self._model.iter_rewards(batch)
+
+    @functools.cached_property
+    def _model(self) -> _GoldRewardModel:
+        return load_gold_reward_model(self.name, **self._how)
 
 
 def load_gold_reward_model(
@@ -323,12 +371,16 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def _dtype(device: str | None, settings: GoldSettings) -> str:
+    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    return settings.gold_dtype or ("bfloat16" if cuda else "float32")
+
+
 def _load_model(
     cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False, brought: Iterable[str] = ()
 ) -> PreTrainedModel:
     """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; weights that are missing, and not brought, are an error."""
-    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
-    placement = {"device_map": "auto"} if cuda and device is None else {}
+    placement = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
     labels = {"num_labels": 1} if new_head else {}
     if settings.quantized:
         # The head stays as it is: it is small, and all there is to the score's scale.
@@ -337,7 +389,7 @@ def _load_model(
     with loading(name_or_path, "a reward model"), quiet_loading() if new_head else nullcontext():
         model, loaded = cls.from_pretrained(
             name_or_path,
-            dtype=settings.gold_dtype or ("bfloat16" if cuda else "float32"),
+            dtype=_dtype(device, settings),
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -348,56 +400,3 @@ def _load_model(
     if missing:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained reward model")
     return model if placement or device is None else model.to(device)
-
-
-class LearnedReward:
-    """A learned reward model, or an ensemble of them, as a reward: the gold stage's models, with `score` for the logs.
-
-    Args:
-        names: hub names, folders or adapter folders.
-        device: where they score; by default what `load_gold_reward_model` chooses.
-        batch_size: most rows per forward pass.
-        ensemble, coefficient: how several become one, as `ensemble_total` says.
-        offload: keep them in host memory, and on the device only one at a time, for its turn.
-    """
-
-    required_columns = ["query", "response"]
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        device: str | None,
-        batch_size: int,
-        ensemble: str = "mean",
-        coefficient: float = 0.0,
-        offload: bool = False,
-    ) -> None:
-        self.ensemble = ensemble
-        self.coefficient = coefficient
-        self.offload = offload
-        self.members = {}
-        for column, name in member_columns(names).items():
-            self.members[column] = load_gold_reward_model(name, device=device, batch_size=batch_size)
-            self.device = self.members[column].model.device
-            self._move(column, "cpu")
-
-    def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
-        """One float a row."""
-        return self.score(batch)["total"]
-
-    def score(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
-        """The column "total"; of an ensemble each member's scores besides, by name, and "disagreement", their standard deviation a row."""
-        scores = {}
-        for column, model in self.members.items():
-            self._move(column, self.device)
-            scores[column] = model.get_reward(batch)
-            self._move(column, "cpu")
-        if len(scores) == 1:
-            return {"total": next(iter(scores.values()))}
-        rows = list(zip(*scores.values()))
-        total = ensemble_total(list(scores.values()), self.ensemble, self.coefficient)
-        return {**scores, "disagreement": [statistics.pstdev(row) for row in rows], "total": total}
-
-    def _move(self, column: str, device: object) -> None:
-        if self.offload:
-            self.members[column].model.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sqlite3
@@ -90,7 +91,7 @@ class EmbeddingStore:
 
 
 class RelevanceModel:
-    """M, from texts to embeddings.
+    """M, from texts to embeddings. The encoder loads with the first of them, and fails then if it cannot be loaded.
 
     Args:
         name_or_path: hub name or folder.
@@ -99,8 +100,6 @@ class RelevanceModel:
         cache_dir: where hub downloads are kept.
         embedding_cache: file of an `EmbeddingStore`; empty means one that ends with the process.
 
-    Raises:
-        InputError: the model cannot be loaded, or the cache is not one.
     """
 
     def __init__(
@@ -111,9 +110,17 @@ class RelevanceModel:
         cache_dir: str | None = None,
         embedding_cache: str = "",
     ) -> None:
-        self.encoder = load_encoder(name_or_path, device, cache_dir)
         self.batch_size = batch_size
-        self.store = EmbeddingStore(embedding_cache, self._fingerprint() if embedding_cache else "")
+        self._how = (name_or_path, device, cache_dir)
+        self._embedding_cache = embedding_cache
+
+    @functools.cached_property
+    def encoder(self) -> SentenceTransformer:
+        return load_encoder(*self._how)
+
+    @functools.cached_property
+    def store(self) -> EmbeddingStore:
+        return EmbeddingStore(self._embedding_cache, self._fingerprint() if self._embedding_cache else "")
 
     def _fingerprint(self) -> str:
         """Names the weights themselves: a folder's name stays when its model changes."""

@@ -1,4 +1,4 @@
-"""What every reward takes and gives, and users' functions as rewards. (A learned reward model is one in `parts.gold_models`.)
+"""What every reward takes and gives, and users' functions as rewards. (A learned reward model is one in `parts.learned_reward`.)
 
 A reward scores a batch: equally long columns by name, "query" and "response" among them. Its `score` returns named columns, "total"
 among them; its `get_reward` returns the totals.

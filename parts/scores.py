@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from parts.chat_templates import ChatTemplate
 from parts.errors import InputError
@@ -85,17 +86,44 @@ def score_rows(
     return [store.found[name] for name in names]
 
 
+class Proxies:
+    """The rewards of a call, each made once; those with the same encoder share it.
+
+    Args:
+        device: where their models run; None is the best there is.
+    """
+
+    def __init__(self, device: str | None) -> None:
+        self.device = device
+        self._made: dict[str, object] = {}
+        self._encoders: dict[tuple, object] = {}
+
+    def __call__(self, proxy, template: ChatTemplate, output_max_length: int):
+        """The reward of these settings (`reward_model.RewardSettings`)."""
+        name = digest(proxy_facts(proxy, template, output_max_length))
+        if name not in self._made:
+            reward = self._made[name] = proxy.load_reward(template, output_max_length, self.device)
+            if getattr(reward, "relevance_model", None) is not None:
+                same = (model_identity(proxy.relevance_model_name), proxy.reward_model_batch_size, proxy.embedding_cache)
+                reward.relevance_model = self._encoders.setdefault(same, reward.relevance_model)
+        return self._made[name]
+
+
 def proxy_columns(
-    reward,
+    load: Callable[[], Any],
     store: ScoreStore,
     batch: Mapping[str, list],
     progress: Callable[[int], object],
     **options: bool,
 ) -> dict[str, list]:
-    """A reward's components of every row, "total" among them, those of the store read and the others made and kept."""
+    """A reward's components of every row, "total" among them, those of the store read and the others made and kept.
+
+    `load` gives the reward, and is called where there is a row to score.
+    """
     texts = [dict(zip(batch, row)) for row in zip(*batch.values())]
 
     def score(places: list[int]) -> Iterator[tuple[list[int], list]]:
+        reward = load()
         for start in range(0, len(places), ROWS_PER_SAVE):
             some = places[start : start + ROWS_PER_SAVE]
             table = reward.score({name: [column[place] for place in some] for name, column in batch.items()}, **options)

@@ -18,7 +18,9 @@ from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, 
 from parts.best_of_n_command import sentences
 from parts.errors import run_main
 from parts.files import read_json
+from parts.gold_models import load_gold_reward_model
 from parts.models import load_tokenizer
+from parts.relevance import load_encoder
 from parts.rows import read_rows
 from parts.samples import Samples, best_rows
 from parts.sampling import Decoding, row_draws, sample
@@ -212,7 +214,6 @@ LI_RP = ["--relevance_scaling=false", "--reward_branching=false"]
 def test_from_samples_to_the_table(sampled, tiny_model, tiny_gold, tmp_path, monkeypatch, capsys):
     """The scores behind the table are those of the reward and of the gold alone; a second call scores nothing."""
     from parts.chat_templates import load_template
-    from parts.gold_models import load_gold_reward_model
     from parts.models import load_tokenizer
     from reward_model import ReversedEngineeredRewardForInference
 
@@ -271,7 +272,11 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     (tmp_path / "li" / "metrics.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
     words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold, "--best_of_n", sampled,
              "--relevance_model_name=models/all-MiniLM-L6-v2"]  # fmt: skip
+    loads, loaders = [], {"parts.relevance.load_encoder": load_encoder, "parts.gold_models.load_gold_reward_model": load_gold_reward_model}
+    for name, load in loaders.items():
+        monkeypatch.setattr(name, lambda *given, load=load, **more: loads.append(load.__name__) or load(*given, **more))
     assert run_inside(monkeypatch, *words) == 0
+    assert sorted(loads) == ["load_encoder", "load_gold_reward_model"]  # each once
     chosen = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
     assert len(chosen) == 17  # the runs' designs are among all
     folder = tmp_path / "li+best_of_n_monotonicity"
@@ -284,6 +289,8 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     assert "curve" in read_json(tmp_path / "li_monotonicity" / "monotonicity.json")  # the run's own stays
     said = capsys.readouterr().out
     assert "no curve of" not in said
+    for name in loaders:
+        monkeypatch.setattr(name, None)  # every row is scored
     assert run_inside(monkeypatch, *words, "--designs", "LI * RP") == 0
     assert "warning: --best_of_n has no curve of LI\n" in capsys.readouterr().out
 

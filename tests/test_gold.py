@@ -16,6 +16,7 @@ from parts.errors import InputError
 from parts.files import read_json
 from parts.gold_models import (
     GoldSettings,
+    LazyGold,
     SequenceClassificationRMForInference,
     StarlingRMForInference,
     load_gold_reward_model,
@@ -80,6 +81,7 @@ def _config(folder):
 def test_starling_scores_the_last_token(starling):
     gold = load_gold_reward_model(str(starling), device="cpu", batch_size=4)
     assert isinstance(gold, StarlingRMForInference)
+    assert LazyGold(str(starling), "cpu", 4, GoldSettings()).facts == gold.facts
     scores = gold.get_reward(BATCH)
     texts = [f"<|im_start|>user\n{row['input']}<|im_end|>\n<|im_start|>assistant\n{row['output']}<|im_end|>\n" for row in ROWS]
     assert scores == pytest.approx([hand_score(starling, text) for text in texts], rel=1e-4, abs=1e-5)

@@ -14,7 +14,7 @@ from parts.batching import pad
 from parts.conversations import encode_row
 from parts.errors import InputError
 from parts.files import read_json
-from parts.gold_models import GoldSettings, load_gold_reward_model
+from parts.gold_models import GoldSettings, LazyGold, load_gold_reward_model
 
 BATCH = {"query": [row["input"] for row in ROWS], "response": [row["output"] for row in ROWS]}
 PAIRS = list(zip(*BATCH.values()))
@@ -110,6 +110,7 @@ def test_scores_are_those_of_the_documented_call(tokenizer_of, name):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     expected = documented(model, AutoTokenizer.from_pretrained(folder))
     gold = load_gold_reward_model(str(folder), device="cpu")
+    assert LazyGold(str(folder), "cpu", 8, GoldSettings()).facts == gold.facts
     assert len({round(score, 4) for score in expected}) == len(ROWS)
     assert gold.get_reward(BATCH) == pytest.approx(expected, abs=1e-4)
     one = load_gold_reward_model(str(folder), device="cpu", batch_size=1)
@@ -245,5 +246,6 @@ def test_a_lora_is_merged_in_single_precision_alone(tiny_gold, tmp_path):
     assert isinstance(half.model, PeftModel)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_gold, dtype=torch.bfloat16)
     alone = documented(PeftModel.from_pretrained(plain, tmp_path).eval(), half.tokenizer)
+    assert LazyGold(str(tmp_path), "cpu", 8, half.settings).facts == half.facts
     assert half.get_reward(BATCH) == pytest.approx(alone, abs=1e-3)
     assert whole.get_reward(BATCH) == pytest.approx(alone, abs=1e-3)

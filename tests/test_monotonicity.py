@@ -213,13 +213,12 @@ def test_a_kept_text_may_hold_any_character(tmp_path):
         assert score_rows(store, texts, lambda places: iter([(places, ["one\u2028two\x85\ud83d"])]), int) == ["one\u2028two\x85\ud83d"]
 
 
-def test_proxy_components_are_kept(tmp_path, monkeypatch):
+def test_proxy_components_are_kept(tmp_path):
     reward = ReversedEngineeredRewardForInference(load_template("alpaca"), repetition_penalty=True)
     batch = {"query": ["q", "q"], "response": ["one two three one two three one two three", "four"]}
-    first = proxy_columns(reward, ScoreStore(tmp_path / "s", {"x": 1}), batch, int)
+    first = proxy_columns(lambda: reward, ScoreStore(tmp_path / "s", {"x": 1}), batch, int)
     assert first == reward.score(batch) and first["total"] == [pytest.approx(0.09 * 3 / 7), 0.01]
-    monkeypatch.setattr(reward, "score", None)
-    assert proxy_columns(reward, ScoreStore(tmp_path / "s", {"x": 1}), batch, int) == first
+    assert proxy_columns(None, ScoreStore(tmp_path / "s", {"x": 1}), batch, int) == first
 
 
 # ---------------------------------------------------------------------------------------------------------------- whole
