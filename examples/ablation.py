@@ -136,7 +136,9 @@ def run_cell(cell: Cell, threads: int) -> None:
     log = Path(f"{cell.run}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     typed = commands(cell)
-    for words in typed:
+    last = yaml.safe_load(read_text(cell.settings.ppo_config))["overall_steps"]
+    is_trained = last in [point.step for point in checkpoints_of(cell.run)]
+    for words in typed[is_trained:]:
         with log.open("a", encoding="utf-8") as console:
             done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
         if done.returncode:
