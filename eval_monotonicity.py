@@ -62,7 +62,7 @@ from parts.report import print_comparison, print_run, print_together, write_comp
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
-from parts.scores import Proxies, ScoreStore, gold_column, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
+from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
 from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
 
 if TYPE_CHECKING:
@@ -275,18 +275,12 @@ def score_gold(gold: LazyGold, runs: Sequence[Run]) -> dict[str, np.ndarray]:
     """By run, the gold scores [checkpoints, rows]."""
     from tqdm import tqdm
 
-    scores: dict[str, np.ndarray] = {}
-    total = sum(len(point.rows) for run in runs for point in run.checkpoints)
-    with tqdm(total=total, desc=f"gold {Path(gold.name).name}", unit="row") as bar:
-        for run in runs:
-            columns = (([row["instruction"] for row in point.rows], [row["output"] for row in point.rows]) for point in run.checkpoints)
-            scores[run.name] = np.array(
-                [
-                    gold_column(gold, ScoreStore(point.scores, gold.facts), *texts, bar.update)
-                    for point, texts in zip(run.checkpoints, columns)
-                ]
-            )
-    return scores
+    points = [point for run in runs for point in run.checkpoints]
+    stores = [ScoreStore(point.scores, gold.facts) for point in points]
+    texts = [([row["instruction"] for row in point.rows], [row["output"] for row in point.rows]) for point in points]
+    with tqdm(total=sum(len(point.rows) for point in points), desc=f"gold {Path(gold.name).name}", unit="row") as bar:
+        columns = iter(gold_columns(gold, stores, texts, bar.update))
+    return {run.name: np.array([next(columns) for _ in run.checkpoints]) for run in runs}
 
 
 def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarray]) -> ScoredRun:

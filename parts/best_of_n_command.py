@@ -27,7 +27,7 @@ from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
 from parts.scaling_fits import describe_fit, fit_gains, fitted_line
-from parts.scores import Proxies, ScoreStore, gold_column, proxy_columns, proxy_facts
+from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
@@ -171,11 +171,12 @@ def score_samples(
     for path, name in golds.items():
         gold = LazyGold(path, settings.device or None, settings.batch_size, gold_settings)
         dtypes[path] = gold.dtype
-        for choice, own in zip(choices, scores):
-            samples = choice.samples
-            with tqdm(total=len(samples.rows) * samples.count, desc=f"gold {Path(path).name}", unit="row") as bar:
-                column = gold_column(gold, ScoreStore(scores_path(samples.path), gold.facts), *samples.flat, bar.update)
-            own[name] = np.array(column).reshape(len(samples.rows), samples.count)
+        samples = [choice.samples for choice in choices]
+        stores = [ScoreStore(scores_path(one.path), gold.facts) for one in samples]
+        with tqdm(total=sum(len(one.rows) * one.count for one in samples), desc=f"gold {Path(path).name}", unit="row") as bar:
+            columns = gold_columns(gold, stores, [one.flat for one in samples], bar.update)
+        for one, own, column in zip(samples, scores, columns):
+            own[name] = np.array(column).reshape(len(one.rows), one.count)
         also(gold)
     return scores, dtypes
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class ScoreStore:
 
 
 def score_rows(
-    store: ScoreStore,
+    store: ScoreStore | _Together,
     texts: Sequence[Mapping],
     score: Callable[[list[int]], Iterator[tuple[list[int], list]]],
     progress: Callable[[int], object],
@@ -133,18 +134,49 @@ def proxy_columns(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def gold_column(
-    gold, store: ScoreStore, instructions: Sequence[str], outputs: Sequence[str], progress: Callable[[int], object]
-) -> list[float]:
-    """A gold model's score of every row, those of the store read and the others made and kept."""
-    texts = [{"query": query, "response": response} for query, response in zip(instructions, outputs)]
+class _Together:
+    """Several files' stores of one scorer as the store of their rows one after another; `names` are those of each file's texts.
+
+    Equal rows are scored once for all files, and kept in each.
+    """
+
+    def __init__(self, stores: Sequence[ScoreStore], names: Sequence[Sequence[str]]) -> None:
+        self.files = list(zip(stores, names))
+        self.found = {name: score for store in stores for name, score in store.found.items()}
+        self._keep(self.found)
+
+    def add(self, rows: Sequence[tuple[int, str, object]]) -> None:
+        scores = {text: score for _, text, score in rows}
+        self.found |= scores
+        self._keep(scores)
+
+    def _keep(self, scores: Mapping[str, object]) -> None:
+        for store, names in self.files:
+            rows = {name: row for row, name in reversed(list(enumerate(names, start=1))) if name in scores and name not in store.found}
+            if rows:
+                store.add([(row, name, scores[name]) for name, row in sorted(rows.items(), key=lambda item: item[1])])
+
+
+def gold_columns(
+    gold, stores: Sequence[ScoreStore], files: Sequence[tuple[Sequence[str], Sequence[str]]], progress: Callable[[int], object]
+) -> list[list[float]]:
+    """A gold model's score of every row of several files, those of their stores read and the others made and kept.
+
+    The model is called once for all files, since it reads rows of one prompt together.
+
+    Args:
+        files: the instructions and the outputs of each.
+    """
+    texts = [[{"query": query, "response": response} for query, response in zip(*columns)] for columns in files]
+    rows = [row for own in texts for row in own]
 
     def score(places: list[int]) -> Iterator[tuple[list[int], list[float]]]:
-        some = {name: [texts[place][name] for place in places] for name in ("query", "response")}
-        for rows, values in gold.iter_rewards(some):
-            yield [places[row] for row in rows], values
+        some = {name: [rows[place][name] for place in places] for name in ("query", "response")}
+        for batch, values in gold.iter_rewards(some):
+            yield [places[row] for row in batch], values
 
-    return score_rows(store, texts, score, progress)
+    scores = iter(score_rows(_Together(stores, [list(map(digest, own)) for own in texts]), rows, score, progress))
+    return [list(islice(scores, len(own))) for own in texts]
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:

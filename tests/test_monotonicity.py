@@ -26,7 +26,7 @@ from parts.errors import InputError
 from parts.files import read_json
 from parts.rank_statistics import ScoredRun, curve, gains, table_text
 from parts.runs import read_kl
-from parts.scores import ScoreStore, proxy_columns, read_gold_scores, score_rows
+from parts.scores import ScoreStore, gold_columns, proxy_columns, read_gold_scores, score_rows
 from reward_model import ProxySettings, ReversedEngineeredRewardForInference, RewardSettings, proxy_of_run
 
 
@@ -204,6 +204,31 @@ def test_an_interruption_loses_one_batch(tmp_path):
     path.write_text(whole + "[]\n", encoding="utf-8")
     with pytest.raises(InputError, match="x.scores.jsonl: line 4 is no score"):
         ScoreStore(path, {})
+
+
+def test_rows_of_several_files_are_scored_together(tmp_path):
+    """Each text once, whichever files it is in; every file keeps its own rows, and those another file knew."""
+    calls = []
+
+    class Gold:
+        def iter_rewards(self, batch):
+            calls.append(batch["response"])
+            yield [1, 0], [float(len(batch["response"][1])), float(len(batch["response"][0]))]
+
+    def stores():
+        return [ScoreStore(tmp_path / name, {"gold": "one"}) for name in ("a", "b")]
+
+    files = [(["q", "q", "q"], ["x", "known", "x"]), (["q", "q"], ["long", "x"])]
+    before = stores()
+    gold_columns(Gold(), before[:1], [(["q", "q"], ["known", "zz"])], int)
+    calls.clear()
+    done = []
+    assert gold_columns(Gold(), stores(), files, done.append) == [[1.0, 5.0, 1.0], [4.0, 1.0]]
+    assert calls == [["x", "long"]] and sum(done) == 5
+    found = [[line["row"] for line in map(json.loads, (tmp_path / name).read_text().splitlines()) if "text" in line] for name in ("a", "b")]
+    assert found == [[1, 2, 1], [1, 2]]
+    calls.clear()
+    assert gold_columns(Gold(), stores(), files, int) == [[1.0, 5.0, 1.0], [4.0, 1.0]] and calls == []
 
 
 def test_a_kept_text_may_hold_any_character(tmp_path):
