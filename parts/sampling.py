@@ -148,21 +148,19 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :end] for room in self.room)
 
     def reorder_cache(self, indices: torch.Tensor) -> None:
-        end = self.keys.shape[-2]
         self.room = tuple(room[indices] for room in self.room)
-        self._show(end)
+        self._show(self.keys.shape[2])
 
     def put(self, slots: torch.Tensor, other: _RoomyLayer) -> None:
         """The rows of `other` in place of those in `slots`, on the right."""
-        end = self.keys.shape[-2]
+        end = self.keys.shape[2]
         for room, states in zip(self.room, (other.keys, other.values)):
-            room[slots, :, end - states.shape[-2] : end] = states
+            room[slots, :, end - states.shape[2] : end] = states
 
     def trim(self, unused: int) -> None:
         """Forget the first `unused` tokens."""
-        end = self.keys.shape[-2] - unused
-        self.room = tuple(room[..., unused:, :] for room in self.room)
-        self._show(end)
+        self.room = tuple(room[:, :, unused:] for room in self.room)
+        self._show(self.keys.shape[2] - unused)
 
 
 def _roomy_cache(model: PreTrainedModel) -> Cache:
@@ -182,7 +180,7 @@ class _Batch:
     logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.model, self.takes = model, _forward_arguments(model)
+        self.model, self.takes = model, inspect.signature(_base_of(model).forward).parameters
         self.device = next(model.parameters()).device
         self.cache = _roomy_cache(model)
         self.recurrent = keeps_states(self.cache)
@@ -267,12 +265,11 @@ def sample(
     Raises:
         FloatingPointError: the logits of a row are not finite.
     """
-    names = range(len(prompts)) if rows is None else rows
     waiting = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), *prompts[place]))  # the same prompts side by side
     responses: list[list[int]] = [[] for _ in prompts]
     recurrent = keeps_states(_roomy_cache(model))
     device = next(model.parameters()).device
-    numbers = draws.to(device).flatten()  # a row's next one is at its place in `at`, on the device: no step waits for a copy
+    numbers, first = draws.to(device).flatten(), torch.arange(0, draws.numel(), draws.shape[1], device=device)  # no step waits for a copy
 
     def enter(most: int) -> list[int]:
         length = len(prompts[waiting[0]])
@@ -280,11 +277,11 @@ def sample(
         del waiting[: len(entering)]
         return entering
 
-    def first_draws(places: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(places, device=device) * decoding.max_new_tokens
-
     def choose(places: Sequence[int], logits: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """The next token of each place, [places], and the places, -1 for those whose responses are over. Moves `at` on."""
+        """The next token of each place, [places], and the places, -1 for those whose responses are over.
+
+        `at` says where among the numbers each place's next one is, and moves on.
+        """
         tokens = decoding.choose(logits, numbers[at])
         at += 1
         largest = logits.amax(dim=-1)
@@ -294,8 +291,9 @@ def sample(
             if place >= 0:
                 response = responses[place]
                 if token < 0:
+                    row = (place if rows is None else rows[place]) + 1
                     found = f"the logits of token {len(response) + 1} are {largest[slot].item()}"
-                    raise FloatingPointError(f"row {names[place] + 1}: {found}, expected numbers")
+                    raise FloatingPointError(f"row {row}: {found}, expected numbers")
                 response.append(token)
                 if token in ends or len(response) == decoding.max_new_tokens:
                     if finished is not None:
@@ -306,14 +304,14 @@ def sample(
 
     while waiting:
         places = enter(at_a_time or len(waiting))
-        batch, at = _Batch(model, [prompts[place] for place in places]), first_draws(places)
+        batch, at = _Batch(model, [prompts[place] for place in places]), first[places]
         tokens, places = choose(places, batch.logits, at)
         while any(place >= 0 for place in places):
             ended = [slot for slot, place in enumerate(places) if place < 0]
             if len(ended) * 8 >= len(places):  # a few at a time: reading a prompt, or moving the others, costs as much for one row
                 if waiting and batch.can_refill:
                     entering = enter(len(ended))
-                    slots, others = torch.tensor(ended[: len(entering)], device=device), first_draws(entering)
+                    slots, others = torch.tensor(ended[: len(entering)], device=device), first[entering]
                     tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
                     at[slots] = others
                     for slot, place in zip(ended, entered):
@@ -329,11 +327,6 @@ def sample(
             batch.read(tokens)
             tokens, places = choose(places, batch.logits, at)
     return responses
-
-
-def _forward_arguments(model: PreTrainedModel) -> Collection[str]:
-    """The names that a model's forward pass takes, PEFT's wrapper aside."""
-    return inspect.signature(_base_of(model).forward).parameters
 
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -396,6 +389,7 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     lora = [layer for layer in lora if holders[id(layer.get_base_layer().weight)] == 1]  # others would get the sum too
     weights = {layer.get_base_layer(): layer.get_base_layer().weight.data for layer in lora}
+    ways = {layer: vars(layer).get("forward") for layer in lora}  # our own, where there is one
     # The last position alone is a slice, for which PyTorch's linear copies the head's weights once a row.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
@@ -403,12 +397,13 @@ def ready_to_sample(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
             for layer in lora:
                 base = layer.get_base_layer()
                 base.weight.data = base.weight.data + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                layer._disable_adapters = True
+                layer.forward = base.__call__  # PEFT's own way round its adapters costs as much as a small product
         with one_token_at_a_time(model, batch_size):
             yield
     finally:
         contiguous.remove()
-        for layer in lora:
-            layer._disable_adapters = False
+        for layer, way in ways.items():
+            vars(layer).pop("forward", None)
+            vars(layer).update({"forward": way} if way else {})
         for base, weight in weights.items():
             base.weight.data = weight
