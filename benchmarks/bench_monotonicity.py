@@ -4,7 +4,8 @@
     RER_REAL_DATA=/path/to/data python benchmarks/bench_monotonicity.py --rows 805   # real systems' outputs as the checkpoints
 
 Both sides load their models and score the same texts in turn in this process. One row at a time is plain transformers, peft and
-sentence-transformers: fp32, the adapter merged, nothing kept.
+sentence-transformers: fp32, the adapter merged, nothing kept. What matrix products would take alone is measured on the models' own
+layers (`benchmarks/products.py`).
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from eval_monotonicity import MonotonicitySettings, choose_checkpoints, read_run, score_gold, score_proxies
+from benchmarks.products import Products
+from eval_monotonicity import MonotonicitySettings, open_gold, read_run, score_gold, score_proxies
 from parts.conversations import encode_conversation
 from parts.cpu_speed import OneDNNLinear
 from parts.files import REPOSITORY
+from parts.gold_settings import GoldSettings
 from parts.models import adapter_base
 from parts.rewards import reward_batch
 from parts.rows import read_rows
 from parts.runs import rollouts_path
+from parts.scores import Proxies
 from reward_model import FULL_DESIGN, RewardSettings
 
 GOLD = str(REPOSITORY / "assets" / "demo_gold_rm")
@@ -83,13 +87,14 @@ def one_row_at_a_time(run) -> list[float]:
     return times
 
 
-def ours(settings: MonotonicitySettings) -> float:
-    """Seconds of reading and scoring the checkpoints that `settings` names."""
+def ours(settings: MonotonicitySettings, dtype: str) -> tuple[float, Products]:
+    """Seconds of reading and scoring the checkpoints that `settings` names, and the products among it."""
     start = time.perf_counter()
-    runs = [read_run(settings, "run")]
-    score_proxies(settings, runs)
-    score_gold(settings, GOLD, runs)
-    return time.perf_counter() - start
+    with Products() as products:
+        runs = [read_run(settings, {"relevance_model_name": ENCODER}, "run")]
+        score_proxies(runs, Proxies("cpu"))
+        score_gold(open_gold(settings, GoldSettings(gold_dtype=dtype), GOLD), runs)
+    return time.perf_counter() - start, products
 
 
 def main() -> None:
@@ -101,12 +106,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = write_checkpoints(Path(folder), words.rows)
             eleven = MonotonicitySettings(output_dir=folder, model_prefix=["run"], data_path=str(data), gold_model=[GOLD], batch_size=32,
-                                          gold_dtype=dtype, relevance_model_name=ENCODER)  # fmt: skip
-            cold[dtype] = ours(replace(eleven, steps=list(range(1, 11))))
-            plain = plain or one_row_at_a_time(read_run(eleven, "run"))
-            added[dtype] = ours(eleven)
-            rows = len(choose_checkpoints(eleven, "run")[0].rows)
-    print(f"one row at a time, fp32: ten checkpoints of {rows} rows {plain[9]:.1f} s, eleven {plain[10]:.1f} s")
+                                          device="cpu")  # fmt: skip
+            cold[dtype], products = ours(replace(eleven, steps=list(range(1, 11))), dtype)
+            print(f"ten checkpoints, gold in {dtype}: {products}", flush=True)
+            plain = plain or one_row_at_a_time(read_run(eleven, {"relevance_model_name": ENCODER}, "run"))
+            added[dtype], _ = ours(eleven, dtype)
+    print(f"one row at a time, fp32: ten checkpoints of {words.rows} rows {plain[9]:.1f} s, eleven {plain[10]:.1f} s")
     for dtype in cold:
         print(f"gold in {dtype}: ten checkpoints {cold[dtype]:.1f} s, {plain[9] / cold[dtype]:.2f} times as fast; one checkpoint added "
               f"{added[dtype]:.1f} s, {plain[10] / added[dtype]:.2f} times as fast as all eleven")  # fmt: skip

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
+from benchmarks.products import products_rate
 from parts.chat_templates import encode_prompts, load_template
 from parts.counting import policy_operations
 from parts.cpu_speed import onednn_is_faster, use_onednn
@@ -72,20 +73,6 @@ def now() -> float:
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-@torch.no_grad()
-def products_rate(policy: nn.Module, tokens: int) -> float:
-    """Floating-point operations a second of the policy's frozen linear layers, one product after another, over `tokens` at a time."""
-    layers = [layer for layer in policy.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
-    states = {layer.in_features: torch.randn(tokens, layer.in_features).to(layer.weight) for layer in layers}
-    times = []
-    for _ in range(4):  # the first one warms up
-        start = now()
-        for layer in layers:
-            layer(states[layer.in_features])
-        times.append(now() - start)
-    return 2 * tokens * sum(layer.weight.numel() for layer in layers) / min(times)
 
 
 def operations(policy: nn.Module, prompts: list[int], responses: list[int]) -> dict[str, float]:
@@ -141,7 +128,7 @@ def main() -> None:
             policy = trainer.accelerator.unwrap_model(trainers["bf16" if name == "bf16" else "fp32"].model)
             for part, texts in (("generate", drawn), ("step", responses)):
                 done = operations(policy, [len(query) for query in queries], [len(text) for text in texts])[part]
-                shares[part].setdefault(name, []).append(done / spent[part] / products_rate(policy, 256))
+                shares[part].setdefault(name, []).append(done / spent[part] / products_rate(policy, 256, now))
             print(f"  turn {turn + 1} {name}: generate {times['generate'][name][-1][0]:.0f} tokens/s, step {seconds:.1f} s, "
                   f"peak +{peak:.0f} MB", flush=True)  # fmt: skip
     tokens = [len(query) + len(response) for query, response in zip(queries, responses)]

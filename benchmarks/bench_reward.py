@@ -4,7 +4,8 @@
     RER_REAL_DATA=/path/to/data python benchmarks/bench_reward.py --every 5    # real systems' outputs, every fifth row of each file
 
 Ratios are of two things timed in turn in this process, on the same rows and with the same encoder: "cold" computes queries and
-references too, "cached" finds them in the store. One row at a time keeps nothing.
+references too, "cached" finds them in the store. One row at a time keeps nothing. What matrix products would take alone is
+measured on the models' own layers (`benchmarks/products.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.products import Products
 from parts.files import REPOSITORY
+from parts.learned_reward import LearnedReward
 from parts.relevance import EmbeddingStore
-from parts.rewards import LearnedReward, reward_batch
+from parts.rewards import reward_batch
 from parts.rows import match_rows, read_rows
 from reward_model import ReversedEngineeredRewardForInference
 
@@ -104,6 +107,10 @@ def main() -> None:
         print(f"  {count} rows of {files} files: cold {first:.1f} s, cached {second:.1f} s, one by one {alone:.1f} s", flush=True)
     for name, ratios in (("cold", cold), ("cached", cached)):
         print(f"{name}: {statistics.median(ratios):.2f} times as fast as one row at a time ({min(ratios):.2f} to {max(ratios):.2f})")
+    model.embed_once, model.store = keep, EmbeddingStore("", "")
+    with Products() as products:
+        reward.get_reward(batch)
+    print(f"the full design, cold: {products}")
     print(f"device {model.encoder.device}, {threads} threads, at most {model.batch_size} texts a batch")
     print(f"peak memory: {before:.0f} MB after {len(part['response'])} rows, {peak_megabytes():.0f} MB after {count}")
 
@@ -116,6 +123,9 @@ def main() -> None:
         for _ in range(words.turns):
             alone = seconds(lambda: one.get_reward(some))
             ratios.append(seconds(lambda: three.get_reward(some)) / alone)
+        with Products() as products:
+            one.get_reward(some)
+    print(f"a reward model, 64 rows: {products}")
     print(f"three reward models: {statistics.median(ratios):.2f} times one's time ({min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -66,6 +67,14 @@ def test_a_script_imports_parts_and_the_reward_alone(name):
 @pytest.mark.parametrize("name", sorted(DATA_COMMANDS))
 def test_a_data_command_imports_parts_alone(name):
     assert all(imported.startswith("parts.") for imported in imports_of(REPOSITORY / "data" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in DOORS | {"parts"}:
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.parametrize("script", [*sorted(DOORS), *(f"data/{name}" for name in sorted(DATA_COMMANDS))])
