@@ -259,13 +259,19 @@ def judge(settings: AblationSettings, cells: Sequence[Cell]) -> str:
     """Let `settings.judges` judge the kept responses; write judged.json and judged.md, and return that table.
 
     Raises:
-        InputError: a gold model that cannot be loaded.
+        InputError: a gold model that cannot be loaded, or responses to other rows than those of `data_path`.
     """
     from parts.gold_models import load_gold_reward_model
 
     rows = read_rows(settings.data_path, {"instruction": None})
     queries = [row["instruction"] for row in rows]
     texts = {cell.name: json.loads(gzip.decompress(kept_texts(cell).read_bytes())) for cell in cells}
+    for cell in cells:
+        for step, outputs in texts[cell.name].items():
+            if len(outputs) != len(queries):
+                raise InputError(
+                    f"{kept_texts(cell)}: {len(outputs)} responses of step {step}, expected {len(queries)}, as {settings.data_path} has"
+                )
     wanted = list(dict.fromkeys(pair for ends in texts.values() for outputs in ends.values() for pair in zip(queries, outputs)))
     gains: dict[str, dict[str, np.ndarray]] = {cell.name: {} for cell in cells}
     for name in settings.judges:

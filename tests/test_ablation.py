@@ -119,3 +119,8 @@ def test_another_gold_judges_the_kept_texts(tmp_path, tiny_gold, eval_file):
         means.append(sum(last) / len(last) - sum(first) / len(first))
     rows = (tmp_path / "judged.md").read_text().splitlines()
     assert rows[-1] == f"| LI | mean (SE over seeds) | {sum(means) / 2:+.2f} ({abs(means[0] - means[1]) / 2:.2f}) |"
+
+    (tmp_path / "LI-2.rollouts.json.gz").write_bytes(gzip.compress(json.dumps({"0": ["a"], "10": ["b"]}).encode()))
+    done = run_script("examples/ablation.py", *words, f"--judges={tiny_gold}")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"LI-2.rollouts.json.gz: 1 responses of step 0, expected {len(ROWS)}, as {eval_file} has\n")
