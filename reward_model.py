@@ -207,6 +207,7 @@ class ReversedEngineeredRewardForInference:
         device: of the encoder; the best there is by default.
         batch_size: most texts per encoder batch.
         cache_dir: where hub downloads are kept.
+        lazy: load the encoder with the first text to embed, not now.
         more: any other field of `ProxySettings`: a feature's switch, `length_target`, `relevance_model_name`, `embedding_cache`.
 
     Raises:
@@ -227,6 +228,7 @@ class ReversedEngineeredRewardForInference:
         device: str | None = None,
         batch_size: int = 32,
         cache_dir: str | None = None,
+        lazy: bool = False,
         **more: object,
     ) -> None:
         if max_sequence_length < 1:
@@ -250,6 +252,8 @@ class ReversedEngineeredRewardForInference:
             self.relevance_model = RelevanceModel(
                 self.settings.relevance_model_name, device, batch_size, cache_dir, self.settings.embedding_cache
             )
+            if not lazy:
+                self.relevance_model.load()
 
     def compose(self, row: Mapping[str, float | str | None]) -> float:
         """The formula: R of one row, the product of the features in use.
@@ -466,9 +470,9 @@ class RewardSettings(ProxySettings):
         return source
 
     def load_reward(
-        self, template: ChatTemplate, max_sequence_length: int, device: str | None, cache_dir: str | None = None
+        self, template: ChatTemplate, max_sequence_length: int, device: str | None, cache_dir: str | None = None, lazy: bool = False
     ) -> ReversedEngineeredRewardForInference | FunctionReward | WeightedRewards | LearnedReward:
-        """The reward that these settings describe; `max_sequence_length` is the longest response in tokens."""
+        """The reward that these settings describe; `max_sequence_length` is the longest response in tokens, `lazy` as for the proxy."""
         if self.reward_function:
             return load_functions(self.reward_function, self.reward_weights)
         if self.reward_model_name:
@@ -477,7 +481,7 @@ class RewardSettings(ProxySettings):
             how = (self.reward_ensemble, self.uwo_coefficient, self.reward_offload)
             return LearnedReward(self.reward_model_name, device, self.reward_model_batch_size, *how)
         proxy = {field.name: getattr(self, field.name) for field in fields(ProxySettings)}
-        loading = {"device": device, "batch_size": self.reward_model_batch_size, "cache_dir": cache_dir}
+        loading = {"device": device, "batch_size": self.reward_model_batch_size, "cache_dir": cache_dir, "lazy": lazy}
         return ReversedEngineeredRewardForInference(template, max_sequence_length, **proxy, **loading)
 
 

@@ -54,7 +54,7 @@ from parts.ppo_metrics import (
 from parts.processes import StopRequest, leave_processes
 from parts.rewards import filled, reward_batch
 from parts.rows import QTYPES
-from parts.runs import provenance
+from parts.runs import interrupted_path, provenance
 from reward_model import RewardSettings
 
 if TYPE_CHECKING:
@@ -379,7 +379,7 @@ def main() -> None:
         # 10. Stop, where any process was asked to.
         if not last and stop.agreed():
             if not scheduled:
-                folder = str(ppo_checkpoints.interrupted(settings.output_dir))
+                folder = str(interrupted_path(settings.output_dir))
                 ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, {}), None)
             say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto resumes from {folder}")
             break

@@ -50,6 +50,7 @@ from parts.overlap import rouge_l
 from parts.rank_statistics import together
 from parts.rows import read_rows
 from parts.runs import checkpoints_of, meta_path, provenance
+from parts.scores import ScoreStore, gold_columns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
@@ -252,38 +253,39 @@ def table(entries: Sequence[dict]) -> str:
             *(f"{entry['first'][name]:{form}} to {entry['last'][name]:{form}}"
               for name, form in (("tokens", ".0f"), ("repetition", ".2f"), ("eos_rate", ".2f"))),
         ])  # fmt: skip
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def judge(settings: AblationSettings, cells: Sequence[Cell]) -> str:
     """Let `settings.judges` judge the kept responses; write judged.json and judged.md, and return that table.
 
+    Their scores are kept in `output_dir` as they come, so that an interruption loses one batch.
+
     Raises:
         InputError: a gold model that cannot be loaded, or responses to other rows than those of `data_path`.
     """
-    from parts.gold_models import load_gold_reward_model
+    from parts.gold_models import LazyGold
 
-    rows = read_rows(settings.data_path, {"instruction": None})
-    queries = [row["instruction"] for row in rows]
-    texts = {cell.name: json.loads(gzip.decompress(kept_texts(cell).read_bytes())) for cell in cells}
-    for cell in cells:
-        for step, outputs in texts[cell.name].items():
+    queries = [row["instruction"] for row in read_rows(settings.data_path, {"instruction": None})]
+    texts = [(cell, json.loads(gzip.decompress(kept_texts(cell).read_bytes()))) for cell in cells]
+    for cell, ends in texts:
+        for step, outputs in ends.items():
             if len(outputs) != len(queries):
-                raise InputError(
-                    f"{kept_texts(cell)}: {len(outputs)} responses of step {step}, expected {len(queries)}, as {settings.data_path} has"
-                )
-    wanted = list(dict.fromkeys(pair for ends in texts.values() for outputs in ends.values() for pair in zip(queries, outputs)))
+                found = f"{len(outputs)} responses of step {step}"
+                raise InputError(f"{kept_texts(cell)}: {found}, expected {len(queries)}, as {settings.data_path} has")
     gains: dict[str, dict[str, np.ndarray]] = {cell.name: {} for cell in cells}
     for name in settings.judges:
-        gold = load_gold_reward_model(name, batch_size=32, settings=GoldSettings(gold_dtype="bfloat16" if settings.bf16 else "float32"))
-        batch = {"query": [query for query, _ in wanted], "response": [text for _, text in wanted]}
-        scores = {}
-        with tqdm(total=len(wanted), desc=name, unit="row", disable=None) as bar:
-            for places, values in gold.iter_rewards(batch):
-                scores |= zip([wanted[place] for place in places], values)
-                bar.update(len(places))
-        for cell in cells:
-            first, last = _ends({step: [scores[pair] for pair in zip(queries, outputs)] for step, outputs in texts[cell.name].items()})
+        gold = LazyGold(name, None, 32, GoldSettings(gold_dtype="bfloat16" if settings.bf16 else "float32"))
+        stores = [ScoreStore(f"{cell.run}_judged_{step}.scores.jsonl", gold.facts) for cell, ends in texts for step in ends]
+        files = [(queries, outputs) for _, ends in texts for outputs in ends.values()]
+        with tqdm(total=len(files) * len(queries), desc=name, unit="row") as bar:
+            columns = iter(gold_columns(gold, stores, files, bar.update))
+        for cell, ends in texts:
+            first, last = _ends({step: next(columns) for step in ends})
             gains[cell.name][name] = last - first
     lines = [["design", "seed", *settings.judges], ["---"] * (2 + len(settings.judges))]
     for design in dict.fromkeys(cell.design for cell in cells):
@@ -293,7 +295,7 @@ def judge(settings: AblationSettings, cells: Sequence[Cell]) -> str:
         means = {name: [gains[cell.name][name].mean() for cell in seeds] for name in settings.judges}
         errors = {name: f" ({_standard_error(np.array(values)):.2f})" if len(values) > 1 else "" for name, values in means.items()}
         lines.append([design, "mean (SE over seeds)", *(f"{np.mean(values):+.2f}{errors[name]}" for name, values in means.items())])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = _markdown(lines)
     results = Path(settings.results_dir)
     per_row = {cell: {name: gain.round(4).tolist() for name, gain in by_gold.items()} for cell, by_gold in gains.items()}
     write_json(results / "judged.json", {"gold_gains": per_row, "provenance": provenance(golds=list(map(model_identity, settings.judges)))})

@@ -254,7 +254,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
             self.config.pad_token_id = before
 
     def batches(self, rows: Sequence[list[int]], tokens: float) -> list[list[int]]:
-        """As the padded ones, but for short rows that are packed: those that begin alike are together."""
+        """Short rows, which are packed, together with those that begin alike; the others by length."""
         short = [place for place, ids in enumerate(rows) if len(ids) <= self._most_packed]
         long = [place for place, ids in enumerate(rows) if len(ids) > self._most_packed]
         packed = batches_by_start([rows[place] for place in short], self.batch_size, tokens)

@@ -162,10 +162,10 @@ def _seen(table: torch.Tensor, start: int, end: int, before: int) -> torch.Tenso
 
 
 def _attention(packed: Packed, masks: list[torch.Tensor], module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """transformers' attention interface. Raises NotImplementedError for what is more than causal attention."""
+    """transformers' attention interface. Raises ValueError for what is more than causal attention."""
     strange = [name for name, value in options.items() if value is not None and name not in _NO_MATTER]
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True) or len(query) != 1:
-        raise NotImplementedError(f"attention with {', '.join(strange) or 'a mask, dropout or several rows'}")
+        raise ValueError(f"attention with {', '.join(strange) or 'a mask, dropout or several rows'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _WithinRows.apply(query[0], key[0], value[0], packed.spans, masks, scaling)[None], None
 
@@ -241,7 +241,7 @@ def can_pack(backbone: nn.Module) -> bool:
 
     try:
         found, others = hidden(before), hidden(after)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # the model wants something else
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # the model wants something else
         return False
     alone = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in before]
     same = all(torch.equal(found[place], others[place]) for place in (0, 1, 3)) and not torch.equal(found[2], others[2])

@@ -32,11 +32,6 @@ def checkpoints_of(output_dir: str) -> list[Path]:
     return [point.folder for point in folders_of(output_dir) if (point.folder / RECORD).is_file()]
 
 
-def interrupted(output_dir: str) -> Path:
-    """Where a run that was asked to stop between two checkpoints keeps its state."""
-    return interrupted_path(output_dir)
-
-
 def find_resumable(output_dir: str, which: str) -> Path | None:
     """The folder that `--resume_from_checkpoint` means: "auto" is the latest whole one of this run, None where there is none yet.
 
@@ -52,7 +47,7 @@ def find_resumable(output_dir: str, which: str) -> Path | None:
             raise InputError(f"{which}: cannot be resumed from ({problem})")
         return Path(which)
     found = []
-    for path in [*checkpoints_of(output_dir), interrupted(output_dir)]:
+    for path in [*checkpoints_of(output_dir), interrupted_path(output_dir)]:
         if (path / "trainer_state_rank0.safetensors").is_file() or _is_state(path):
             if problem := fault(path):
                 print(f"{path}: left out, it is broken ({problem})")
@@ -161,7 +156,7 @@ def find_start(settings) -> Start:
     else:
         check_metrics(settings)
     step = read_json(resumed / RECORD)["step"] if resumed else 0
-    states = [path for path in (*checkpoints_of(settings.output_dir), interrupted(settings.output_dir)) if _is_state(path)]
+    states = [path for path in (*checkpoints_of(settings.output_dir), interrupted_path(settings.output_dir)) if _is_state(path)]
     in_the_way = [path for path in states if resumed is None or (not is_same_path(path, resumed) and _is_after(path, step))]
     if in_the_way and not settings.overwrite:
         later = "it and those after it" if resumed else "the checkpoints of an earlier run; --resume_from_checkpoint=auto resumes it"
@@ -220,5 +215,5 @@ def prune(output_dir: str, limit: int) -> None:
     if limit:
         for path in [point.folder for point in folders_of(output_dir) if point.step and _is_state(point.folder)][:-limit]:
             remove_folder(path)
-    if _is_state(interrupted(output_dir)):
-        remove_folder(interrupted(output_dir))
+    if _is_state(interrupted_path(output_dir)):
+        remove_folder(interrupted_path(output_dir))

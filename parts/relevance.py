@@ -91,7 +91,7 @@ class EmbeddingStore:
 
 
 class RelevanceModel:
-    """M, from texts to embeddings. The encoder loads with the first of them, and fails then if it cannot be loaded.
+    """M, from texts to embeddings. The encoder loads with the first of them, or by `load` before.
 
     Args:
         name_or_path: hub name or folder.
@@ -99,7 +99,6 @@ class RelevanceModel:
         batch_size: most texts per forward pass.
         cache_dir: where hub downloads are kept.
         embedding_cache: file of an `EmbeddingStore`; empty means one that ends with the process.
-
     """
 
     def __init__(
@@ -113,6 +112,10 @@ class RelevanceModel:
         self.batch_size = batch_size
         self._how = (name_or_path, device, cache_dir)
         self._embedding_cache = embedding_cache
+
+    def load(self) -> None:
+        """Load the encoder and open the cache. Raises InputError where the one cannot be loaded, or the other is none."""
+        self.store, self.encoder  # noqa: B018 - made when they are first asked for
 
     @functools.cached_property
     def encoder(self) -> SentenceTransformer:

@@ -103,7 +103,7 @@ class Proxies:
         """The reward of these settings (`reward_model.RewardSettings`)."""
         name = digest(proxy_facts(proxy, template, output_max_length))
         if name not in self._made:
-            reward = self._made[name] = proxy.load_reward(template, output_max_length, self.device)
+            reward = self._made[name] = proxy.load_reward(template, output_max_length, self.device, lazy=True)
             if getattr(reward, "relevance_model", None) is not None:
                 same = (model_identity(proxy.relevance_model_name), proxy.reward_model_batch_size, proxy.embedding_cache)
                 reward.relevance_model = self._encoders.setdefault(same, reward.relevance_model)
@@ -141,20 +141,25 @@ class _Together:
     """
 
     def __init__(self, stores: Sequence[ScoreStore], names: Sequence[Sequence[str]]) -> None:
-        self.files = list(zip(stores, names))
         self.found = {name: score for store in stores for name, score in store.found.items()}
-        self._keep(self.found)
+        self.missing: dict[str, dict[ScoreStore, int]] = {}  # by text, the files that lack its score, and its first row there
+        for store, own in zip(stores, names):
+            for row, name in enumerate(own, start=1):
+                if name not in store.found:
+                    self.missing.setdefault(name, {}).setdefault(store, row)
+        self._keep([name for name in self.missing if name in self.found])
 
     def add(self, rows: Sequence[tuple[int, str, object]]) -> None:
-        scores = {text: score for _, text, score in rows}
-        self.found |= scores
-        self._keep(scores)
+        self.found |= {text: score for _, text, score in rows}
+        self._keep([text for _, text, _ in rows])
 
-    def _keep(self, scores: Mapping[str, object]) -> None:
-        for store, names in self.files:
-            rows = {name: row for row, name in reversed(list(enumerate(names, start=1))) if name in scores and name not in store.found}
-            if rows:
-                store.add([(row, name, scores[name]) for name, row in sorted(rows.items(), key=lambda item: item[1])])
+    def _keep(self, texts: Sequence[str]) -> None:
+        lines: dict[ScoreStore, list[tuple[int, str, object]]] = {}
+        for text in texts:
+            for store, row in self.missing.pop(text).items():
+                lines.setdefault(store, []).append((row, text, self.found[text]))
+        for store, own in lines.items():
+            store.add(sorted(own, key=lambda line: line[0]))
 
 
 def gold_columns(

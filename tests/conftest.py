@@ -104,7 +104,7 @@ def eval_file(tmp_path) -> Path:
     return path
 
 
-def run_script(*words: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    """Run a command line of this project as a user would, offline, on the CPU."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+def run_script(*words: object, launcher: tuple[str, ...] = (sys.executable,), gpus: str = "") -> subprocess.CompletedProcess:
+    """Run a command line of this project as a user would, offline, on the CPU, or on the GPUs of these numbers."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": gpus, "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run([*launcher, *map(str, words)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)

@@ -108,7 +108,8 @@ def test_another_gold_judges_the_kept_texts(tmp_path, tiny_gold, eval_file):
             json.dumps(cell("LI", int(name[-1]), *[[[0, 0], [1, 2], [2, 4]]] * 2, [[0.5], [0.4], [0.3]]))
         )
         (tmp_path / f"{name}.rollouts.json.gz").write_bytes(gzip.compress(json.dumps(texts).encode()))
-    words = ["--status=true", f"--results_dir={tmp_path}", "--designs=LI", "--seeds", "1", "2", f"--data_path={eval_file}", "--bf16=false"]
+    words = ["--status=true", f"--results_dir={tmp_path}", "--designs=LI", "--seeds", "1", "2", f"--data_path={eval_file}", "--bf16=false",
+             f"--output_dir={tmp_path / 'runs'}"]  # fmt: skip
     done = run_script("examples/ablation.py", *words, f"--judges={tiny_gold}")
     assert done.returncode == 0, done.stderr
     found = read_json(tmp_path / "judged.json")["gold_gains"]

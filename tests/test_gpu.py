@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import REPOSITORY, ROWS
+from conftest import ROWS, run_script
 from safetensors.torch import load_file
 from test_best_of_n import evaluation_words
 from test_pipeline import metrics, ppo_words
@@ -20,12 +16,9 @@ from parts.sampling import Decoding
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def run_on_gpu(*words: object, launcher: tuple[str, ...] = (sys.executable,)) -> str:
-    """What a command of this project printed. Its end is asserted."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([*launcher, *map(str, words)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+def run_on_gpu(*words: object, **how: tuple[str, ...]) -> None:
+    done = run_script(*words, gpus="0", **how)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("launch", ["alone", "zero2-bf16"])

@@ -551,3 +551,12 @@ def test_scoring_command_says_what_is_wrong(eval_file, words, message):
     done = run_script("reward_model.py", eval_file, *words)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+
+
+def test_an_encoder_that_cannot_be_loaded_is_told_at_the_start(tmp_path):
+    """Before a run begins, which may remove an earlier one's checkpoints; later only where that is asked for."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    settings = {"relevance_scaling": True, "relevance_model_name": str(tmp_path), "device": "cpu"}
+    with pytest.raises(InputError, match="cannot be loaded as a relevance model"):
+        ReversedEngineeredRewardForInference("alpaca", **settings)
+    assert ReversedEngineeredRewardForInference("alpaca", lazy=True, **settings).relevance_model is not None
