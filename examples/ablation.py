@@ -136,14 +136,24 @@ def run_cell(cell: Cell, threads: int) -> None:
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": str(threads)}
     log = Path(f"{cell.run}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    typed = commands(cell)
     last = yaml.safe_load(read_text(cell.settings.ppo_config))["overall_steps"]
-    is_trained = last in [point.step for point in checkpoints_of(cell.run)]
-    for words in typed[is_trained:]:
+
+    def is_trained() -> bool:
+        return last in [point.step for point in checkpoints_of(cell.run)]
+
+    def run(words: Sequence[str]) -> None:
         with log.open("a", encoding="utf-8") as console:
             done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
         if done.returncode:
             raise InputError(f"{cell.name}: {words[0]} ended with {done.returncode}; its console is {log}")
+
+    train, *rest = typed = commands(cell)
+    if not is_trained():
+        run(train)
+        if not is_trained():  # a signal ends run_ppo.py with 0 after the step under way
+            raise InputError(f"{cell.name}: stopped while it trained; the same command resumes it")
+    for words in rest:
+        run(words)
     keep(cell, typed)
     print(f"{cell.name}: done, {cell.kept}", flush=True)
 

@@ -2,6 +2,7 @@
 # One question on the embedded models: does gold follow a proxy that rewards length alone, and does it follow the full design?
 # Run by `make demo`; needs nothing but what `make setup` installs and unpacks. SEED=7 bash examples/demo.sh is another run.
 set -euo pipefail
+trap 'exit 130' INT  # run_ppo.py ends with 0 when it is stopped, and the next stage is not to begin then
 seed=${SEED:-42}
 output=outputs/demo
 backbone=outputs/demo_backbone

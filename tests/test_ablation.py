@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, run_script
 
+from parts.errors import InputError
 from parts.files import read_json
 
 
@@ -81,6 +82,20 @@ def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_
     texts = json.loads(gzip.decompress((tmp_path / "kept" / "LI-RP-5.rollouts.json.gz").read_bytes()))
     assert sorted(texts) == ["0", "2"] and len(texts["2"]) == 6
     assert run_script(*words).stdout.startswith("1 of 1 cells are done; left: none\n")
+
+
+def test_a_training_that_was_stopped_is_not_judged(tmp_path, monkeypatch):
+    """A signal ends run_ppo.py with 0: what follows it is not run."""
+    from types import SimpleNamespace
+
+    from examples import ablation
+
+    typed = []
+    monkeypatch.setattr(ablation.subprocess, "run", lambda words, **_: typed.append(words[0]) or SimpleNamespace(returncode=0))
+    settings = ablation.AblationSettings(ppo_config=str(REPOSITORY / "configs" / "ablation.yaml"), output_dir=str(tmp_path))
+    with pytest.raises(InputError, match="^LI-1: stopped while it trained; the same command resumes it$"):
+        ablation.run_cell(ablation.Cell("LI", 1, settings), threads=1)
+    assert typed == ["accelerate"]
 
 
 def test_an_unknown_design_is_one_line():
