@@ -31,9 +31,10 @@ import json
 import shlex
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,8 +132,12 @@ def commands(cell: Cell) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def run_cell(cell: Cell, threads: int) -> None:
-    """Run a cell from wherever it is, its console in <run>.log, and keep what it found. Raises InputError where a command fails."""
+def run_cell(cell: Cell, threads: int, stop: Event) -> None:
+    """Run a cell from wherever it is, its console in <run>.log, and keep what it found; begin no command once `stop` is set.
+
+    Raises:
+        InputError: a command failed or was stopped.
+    """
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": str(threads)}
     log = Path(f"{cell.run}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +147,8 @@ def run_cell(cell: Cell, threads: int) -> None:
         return last in [point.step for point in checkpoints_of(cell.run)]
 
     def run(words: Sequence[str]) -> None:
+        if stop.is_set():
+            raise InputError(f"{cell.name}: stopped; the same command resumes it")
         with log.open("a", encoding="utf-8") as console:
             done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
         if done.returncode:
@@ -156,6 +163,24 @@ def run_cell(cell: Cell, threads: int) -> None:
         run(words)
     keep(cell, typed)
     print(f"{cell.name}: done, {cell.kept}", flush=True)
+
+
+def run_cells(cells: Sequence[Cell], at_once: int, threads: int) -> list[InputError]:
+    """Run cells side by side, in order; return what failed, each told as it fails. Ctrl-C begins no further command."""
+    failures, stop = [], Event()
+    with ThreadPoolExecutor(at_once) as pool:
+        running = [pool.submit(run_cell, cell, threads, stop) for cell in cells]
+        try:
+            for done in as_completed(running):
+                try:
+                    done.result()
+                except InputError as error:
+                    print(error, flush=True)
+                    failures.append(error)
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+    return failures
 
 
 def kept_texts(cell: Cell) -> Path:
@@ -348,6 +373,7 @@ def main() -> None:
     settings = parse_settings(AblationSettings, description=__doc__)
     cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
     left = [cell for cell in cells if not cell.kept.is_file()]
+    failures: list[InputError] = []
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
     if left and not settings.status:
         backbone = yaml.safe_load(read_text(settings.ppo_config))["model_name"]
@@ -355,9 +381,7 @@ def main() -> None:
             raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; train_sft.py makes it, as examples/demo.sh does")
         cores = len(os.sched_getaffinity(0))
         at_once = settings.side_by_side or cores
-        with ThreadPoolExecutor(at_once) as pool:
-            for done in [pool.submit(run_cell, cell, max(1, cores // at_once)) for cell in left]:
-                done.result()
+        failures += run_cells(left, at_once, max(1, cores // at_once))
     kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
     if kept:
         entries = summarise(kept)
@@ -369,6 +393,8 @@ def main() -> None:
         print(table(entries))
     if settings.judges:
         print(judge(settings, [cell for cell in cells if kept_texts(cell).is_file()]))
+    if failures:
+        raise InputError(failures[0] if len(failures) == 1 else f"{len(failures)} cells failed; the first: {failures[0]}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import REPOSITORY, run_script
 
-from parts.errors import InputError
+from examples import ablation
 from parts.files import read_json
 
 
@@ -84,18 +85,35 @@ def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_
     assert run_script(*words).stdout.startswith("1 of 1 cells are done; left: none\n")
 
 
-def test_a_training_that_was_stopped_is_not_judged(tmp_path, monkeypatch):
-    """A signal ends run_ppo.py with 0: what follows it is not run."""
-    from types import SimpleNamespace
+@pytest.fixture
+def typed(monkeypatch):
+    """The commands that the driver runs, each ending with 0 and doing nothing."""
+    words = []
+    monkeypatch.setattr(ablation.subprocess, "run", lambda command, **_: words.append(command) or SimpleNamespace(returncode=0))
+    return words
 
-    from examples import ablation
 
-    typed = []
-    monkeypatch.setattr(ablation.subprocess, "run", lambda words, **_: typed.append(words[0]) or SimpleNamespace(returncode=0))
-    settings = ablation.AblationSettings(ppo_config=str(REPOSITORY / "configs" / "ablation.yaml"), output_dir=str(tmp_path))
-    with pytest.raises(InputError, match="^LI-1: stopped while it trained; the same command resumes it$"):
-        ablation.run_cell(ablation.Cell("LI", 1, settings), threads=1)
-    assert typed == ["accelerate"]
+def cells(folder, *seeds):
+    settings = ablation.AblationSettings(ppo_config=str(REPOSITORY / "configs" / "ablation.yaml"), output_dir=str(folder))
+    return [ablation.Cell("LI", seed, settings) for seed in seeds]
+
+
+def test_a_training_that_was_stopped_is_not_judged(tmp_path, typed, capsys):
+    """A signal ends run_ppo.py with 0: what would follow it is not run, and the next cell is."""
+    failures = ablation.run_cells(cells(tmp_path, 1, 2), at_once=1, threads=1)
+    told = [f"LI-{seed}: stopped while it trained; the same command resumes it" for seed in (1, 2)]
+    assert [str(error) for error in failures] == told == capsys.readouterr().out.splitlines()
+    assert [words[0] for words in typed] == ["accelerate", "accelerate"]
+
+
+def test_nothing_begins_after_an_interruption(tmp_path, typed, monkeypatch):
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run_cells(cells(tmp_path, *range(50)), at_once=1, threads=1)
+    assert len(typed) < 50
 
 
 def test_an_unknown_design_is_one_line():
