@@ -388,7 +388,9 @@ def main() -> None:
         results = Path(settings.results_dir)
         with atomic_path(results / "table.md") as temporary:
             temporary.write_text(table(entries), encoding="utf-8")
-        write_json(results / "summary.json", {"designs": entries, "provenance": provenance()})
+        summary = results / "summary.json"
+        if not summary.is_file() or read_json(summary)["designs"] != json.loads(json.dumps(entries)):
+            write_json(summary, {"designs": entries, "provenance": provenance()})  # else it would say another commit of the same
         draw(kept, results / "ablation.png")
         print(table(entries))
     if settings.judges:
