@@ -46,6 +46,7 @@ from parts.processes import is_first_process
 from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
 from parts.runs import BaseModel, Checkpoint, find_adapters, meta_path, partial_path, provenance, rollouts_path, samples_path, superni_path
+from parts.weight_samples import require_base
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -421,6 +422,9 @@ def main() -> None:
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
     check_model_name(settings.base_model_name)
+    for point in checkpoints:
+        if not point.is_whole:
+            require_base(point.folder, point.record, settings.base_model_name, settings.cache_dir or None)
     if settings.engine == "vllm":
         check_vllm("--engine vllm")
     check_device(settings.device)

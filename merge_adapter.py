@@ -23,6 +23,7 @@ from parts.files import atomic_path, clear_leftovers, write_json
 from parts.locks import hold
 from parts.models import adapter_base, check_model_name, loading, model_identity
 from parts.runs import RECORD, Checkpoint, find_adapters, provenance
+from parts.weight_samples import require_base
 
 
 @dataclass
@@ -43,6 +44,7 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
         raise InputError(f"{adapters[0].folder}: all of a model's weights already, expected an adapter to merge")
     base = settings.base_model_name or adapter_base(adapters[0].folder)
     check_model_name(base)
+    require_base(adapters[0].folder, adapters[0].record, base, settings.cache_dir or None)
     if (Path(base) / "adapter_config.json").is_file():
         raise InputError(f"{base}: an adapter itself, expected a whole model to merge into")
     output = Path(settings.output_dir)

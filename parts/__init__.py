@@ -15,6 +15,7 @@ floor 2, words, names, numbers
     cli               command lines and YAML files into dataclasses of settings
     runs              a run's layout on disk, its checkpoints; what every output records
     models            models by name: which can be loaded, where they run, their tokenizers
+    weight_samples    whether two names mean the same model
     chat_templates    prompts
     preferences       preference pairs to train a gold model on
     rank_statistics   SpearmanR and what surrounds it

@@ -15,6 +15,7 @@ from parts.files import clear_leftovers, file_digest, is_same_path, read_json, r
 from parts.processes import is_first_process, launched_processes
 from parts.runs import RECORD, interrupted_path
 from parts.runs import checkpoints_of as folders_of
+from parts.weight_samples import is_same_sample, weight_sample
 
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
@@ -103,6 +104,8 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         path = getattr(settings, name)
         if Path(path).is_file() and file_digest(path) != record["data"].get(name):
             changes.append(f"{path} has changed since")
+    if not is_same_sample(record.get("base_sample") or {}, weight_sample(settings.model_name, settings.cache_dir or None)):
+        changes.append(f"the weights of {settings.model_name} are others now")
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
     changes += [
         f"{name} was {before.get(name)!r} and is {value!r}"

@@ -32,6 +32,7 @@ from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import load_causal_lm
 from parts.rewards import reward_name
 from parts.runs import RECORD, provenance
+from parts.weight_samples import weight_sample
 
 if TYPE_CHECKING:
     from trl.trainer import RunningMoments
@@ -92,6 +93,7 @@ def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding,
         seed=settings.seed,
         dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
         model=settings.model_name,
+        base_sample=weight_sample(settings.model_name, settings.cache_dir or None),
         template=settings.chat_template_name,
         decoding=asdict(decoding),
         processes=trainer.accelerator.num_processes,
