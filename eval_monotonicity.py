@@ -57,13 +57,13 @@ from parts.files import clear_folder, write_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
-from parts.rank_statistics import ScoredRun, compare, correlations, together
+from parts.rank_statistics import COLUMNS, ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
 from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
-from reward_model import FULL_DESIGN, RewardSettings, proxy_of_run
+from reward_model import FEATURES, FULL_DESIGN, RewardSettings, proxy_of_run
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
@@ -209,6 +209,15 @@ def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
             print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
 
 
+def check_gold_names(golds: Sequence[str], runs: Sequence[Run]) -> None:
+    """Raises InputError where two columns of the tables and reports would have one name."""
+    taken = {*COLUMNS, *(feature.column for feature in FEATURES)}
+    for place, name in enumerate(golds):
+        if name in taken or name in golds[:place]:
+            what = "another gold" if name in golds[:place] else "what is no gold"
+            raise InputError(f"a gold is called {name!r}, as {what} is, expected another column in --gold_scores or another folder")
+
+
 def warn_of_other_draws(runs: Sequence[Run]) -> None:
     """One line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
     first = runs[0]
@@ -291,6 +300,8 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         for name, column in tables[0].items()
         if name != "total" and not all(value is None or isinstance(value, str) for value in column)
     }
+    if shared := components.keys() & {*COLUMNS, *gold}:
+        raise InputError(f"the reward of {run.name} has a column {min(shared)!r}, expected another name: it stands for something else here")
     tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
@@ -322,11 +333,12 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         if prefix in settings.model_prefix[:number]:
             raise InputError(f"--model_prefix: {prefix} comes twice")
     runs = [read_run(settings, typed, prefix) for prefix in settings.model_prefix]
-    tabled = {run.name: read_gold_scores(settings.gold_scores, run.steps) if settings.gold_scores else {} for run in runs}
+    table, is_lone = settings.gold_scores, len(runs) == 1
+    tabled = {run.name: read_gold_scores(table, run.steps, run.name, is_lone) if table else {} for run in runs}
     designs = name_designs(runs)
-    if len(set(designs)) > 1:
-        warn_of_other_draws(runs)
+    warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
+    check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
     output = Path(settings.output_dir)
@@ -345,7 +357,12 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         models[golds[gold.name]], dtypes[gold.name] = score_gold(gold, runs), gold.dtype
 
     if settings.best_of_n:
-        read = partial(read_proxy, settings, typed)
+        # Designs choose among samples by the runs' encoder and length: the samples' policy has no record of either.
+        settings.output_max_length = runs[0].output_max_length
+
+        def read(trained: Mapping) -> RewardSettings:
+            return read_proxy(settings, typed, runs[0].trained)
+
         curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:
             print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")

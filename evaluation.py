@@ -41,7 +41,7 @@ from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
 from parts.files import digest, file_digest, read_text, write_json, write_json_lines
 from parts.locks import hold
-from parts.models import check_device, check_model_name, check_vllm, model_identity
+from parts.models import check_device, check_vllm, check_whole_model, model_identity, use_cache
 from parts.processes import is_first_process
 from parts.rollouts import Job, alpaca_rows, generate_all, sample_rows
 from parts.rows import match_rows, read_rows
@@ -405,6 +405,7 @@ def compare_with_baseline(settings: EvaluationSettings, jobs: Sequence[Job], bas
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(EvaluationSettings, description=__doc__)
+    use_cache(settings.cache_dir)
 
     # 1. Everything a user can get wrong, before any model loads.
     checkpoints = read_checkpoints(settings)
@@ -421,7 +422,7 @@ def main() -> None:
         from parts.superni import read_instances
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
-    check_model_name(settings.base_model_name)
+    check_whole_model(settings.base_model_name, "--base_model_name")
     for point in checkpoints:
         if not point.is_whole:
             require_base(point.folder, point.record, settings.base_model_name, settings.cache_dir or None)
@@ -436,7 +437,11 @@ def main() -> None:
     from parts.chat_templates import load_template
     from parts.models import load_tokenizer, read_facts
 
-    tokenizer = load_tokenizer(checkpoints[0].trained.get("tokenizer_name") or settings.base_model_name, settings.cache_dir or None)
+    tokenizers = {point.trained.get("tokenizer_name") or settings.base_model_name: point.folder for point in checkpoints}
+    if len(tokenizers) > 1:
+        (one, first), (other, second) = list(tokenizers.items())[:2]
+        raise InputError(f"{first} was trained with the tokenizer {one}, {second} with {other}, expected a call for each")
+    tokenizer = load_tokenizer(*tokenizers, settings.cache_dir or None)
     model = read_facts(settings.base_model_name, tokenizer, settings.cache_dir or None)
     names = {point: template_name(settings, point, tokenizer) for point in checkpoints}
     templates = {point: load_template(name, tokenizer) for point, name in names.items()}

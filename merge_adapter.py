@@ -17,11 +17,12 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parts.adapters import put_on
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, write_json
 from parts.locks import hold
-from parts.models import adapter_base, check_model_name, loading, model_identity
+from parts.models import adapter_base, check_model_name, loading, model_identity, use_cache
 from parts.runs import RECORD, Checkpoint, find_adapters, provenance
 from parts.weight_samples import require_base
 
@@ -60,13 +61,14 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(MergeSettings, description=__doc__)
+    use_cache(settings.cache_dir)
 
     # 1. Everything a user can get wrong, before the model loads.
     adapter, base = check(settings)
 
     # 2. The weights.
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     kind = PeftConfig.from_pretrained(adapter.folder)
@@ -76,8 +78,9 @@ def main() -> None:
     with loading(base, "a causal language model"):
         dtype = AutoConfig.from_pretrained(base, cache_dir=cache).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, cache_dir=cache, dtype=dtype)
+    model = put_on(model, adapter.folder, base)
     with loading(str(adapter.folder), f"an adapter of {base}"):
-        model = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(safe_merge=True)
+        model = model.merge_and_unload(safe_merge=True)
     tokenizer_name = (
         str(adapter.folder) if (adapter.folder / "tokenizer_config.json").is_file() else adapter.trained.get("tokenizer_name") or base
     )

@@ -31,7 +31,7 @@ from parts.chat_templates import ChatTemplate, load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.features import UNBRANCHED, Feature, by_switch, switches_of, tokens_of
-from parts.files import REPOSITORY, code_digest
+from parts.files import REPOSITORY, code_digest, code_files
 from parts.models import check_model_name
 from parts.overlap import bleu, rouge_l
 from parts.rewards import ENSEMBLES, FunctionReward, WeightedRewards, check_batch, load_functions, reward_name
@@ -168,8 +168,9 @@ class ProxySettings(switches_of(FEATURES)):
 
     @property
     def switched_on(self) -> dict[str, str]:
-        """The switches that are on, by symbol."""
-        found = {feature.symbol or feature.column: feature.switch for feature in self.on}
+        """The switches that are on, by symbol; a target stands beside LI."""
+        target = {"LI": f"LI (target {self.length_target})"} if self.length_target else {}
+        found = {target.get(feature.symbol, feature.symbol or feature.column): feature.switch for feature in self.on}
         return {**found, "branching": "reward_branching"} if self.reward_branching else found
 
     @property
@@ -420,6 +421,8 @@ class RewardSettings(ProxySettings):
                 raise InputError(f"--reward_model_name names {name} twice, expected different reward models")
         if self.reward_ensemble != "mean" and len(self.reward_model_name) < 2:
             raise InputError(f"--reward_ensemble is {self.reward_ensemble}, expected at least two --reward_model_name with it")
+        if self.is_proxy and self.length_target and not self.length_incentive:
+            raise InputError(f"--length_target is {self.length_target} and --length_incentive is off, expected it on: it takes LI's place")
         if self.is_proxy and not self.on:
             raise InputError("every part of the proxy reward is off, expected at least one to learn from")
 
@@ -460,13 +463,20 @@ class RewardSettings(ProxySettings):
 
                 EmbeddingStore(self.embedding_cache, "").close()
 
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that the reward computes with."""
+        if self.is_proxy:
+            return [self.relevance_model_name] if self.needs_encoder else []
+        return list(self.reward_model_name)
+
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
         parts = ("features.py", "relevance.py", "chat_templates.py", "overlap.py")
         own = [Path(__file__), *(REPOSITORY / "parts" / name for name in parts)]
         source = {str(path.relative_to(REPOSITORY)): code_digest(path) for path in own}
         for path in dict.fromkeys(Path(function.rpartition(":")[0]) for function in self.reward_function):
-            source[path.name if path.name not in source else str(path)] = code_digest(path)
+            source[path.name if path.name not in source else str(path)] = code_digest(*code_files(path))
         return source
 
     def load_reward(
@@ -499,11 +509,15 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
     try:
-        RewardSettings(**{**FULL_DESIGN, **found})
+        own = RewardSettings(**{**FULL_DESIGN, **found})
     except InputError as error:
         raise InputError(f"the run's record: {error}") from None
     found |= {"reward_model_batch_size": batch_size}
-    found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
+    typed = {name: value for name, value in (typed or {}).items() if name in names and value is not None}
+    idle = [field.name for field in fields(ProxySettings) if field.name in typed]
+    if idle and own.reward_function and "reward_function" not in typed:
+        raise InputError(f"--{idle[0]}: the run was trained on --reward_function {' '.join(own.reward_function)}, which does not read it")
+    found |= typed
     return RewardSettings(**{**FULL_DESIGN, **found})
 
 

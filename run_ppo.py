@@ -36,7 +36,7 @@ from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import check_writable, clear_leftovers, write_json
 from parts.locks import hold
-from parts.models import check_bits, check_model_name, check_tokenizer_name, check_vllm, load_tokenizer, read_facts
+from parts.models import check_bits, check_tokenizer_name, check_vllm, check_whole_model, load_tokenizer, read_facts, use_cache
 from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
 from parts.ppo_metrics import (
     MetricsLog,
@@ -58,6 +58,7 @@ from parts.runs import interrupted_path, provenance
 from reward_model import RewardSettings
 
 if TYPE_CHECKING:
+    from parts.chat_templates import ChatTemplate
     from parts.ppo_checkpoints import Start
     from parts.ppo_trainer import FastPPOTrainer
     from parts.sampling import Decoding
@@ -140,7 +141,7 @@ class PPOSettings(RewardSettings):
     early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
     target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
 
-    reward_baseline: float = setting(0.0, "subtracted from every reward")
+    reward_baseline: float = setting(0.0, "subtracted from every reward; their running mean goes anyway, so that it moves logs alone")
     score_norm_by_qtype: bool = setting(
         False, "normalise rewards by the running mean and deviation of their query type, not of all rewards"
     )
@@ -184,9 +185,12 @@ def score_rollouts(reward, prompts: list[Prompt], responses: list[str]) -> dict[
 
 
 def evaluate(
-    trainer: FastPPOTrainer, reward, prompts: list[Prompt], settings: PPOSettings, decoding: Decoding
+    trainer: FastPPOTrainer, reward, prompts: list[Prompt], settings: PPOSettings, template: ChatTemplate, decoding: Decoding
 ) -> tuple[list[dict], Moments]:
-    """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and the scores' `moments`."""
+    """Rollouts on the development prompts, each process its share: rows in the order of the prompts, and the scores' `moments`.
+
+    They are cut as those of training are, so that both are scored alike.
+    """
     from accelerate.utils import gather_object
 
     from parts.generation import generate_responses
@@ -202,6 +206,8 @@ def evaluate(
         responses = generate_responses(
             policy, tokenizer, tokens, decoding, settings.batch_size, settings.seed, bar, numbers, ends=trainer.ends
         )
+        if settings.rollout_postprocessing:
+            responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         columns = score_rollouts(reward, own, texts)
         for number, prompt, text, *scores in zip(numbers, own, texts, *columns.values()):
@@ -240,7 +246,14 @@ def draw(
 
 
 def start_or_resume(
-    begin: Start, trainer: FastPPOTrainer, reward, dev_prompts: list[Prompt], settings: PPOSettings, decoding: Decoding, log: MetricsLog
+    begin: Start,
+    trainer: FastPPOTrainer,
+    reward,
+    dev_prompts: list[Prompt],
+    settings: PPOSettings,
+    template: ChatTemplate,
+    decoding: Decoding,
+    log: MetricsLog,
 ) -> Moments:
     """Make room for the run, then evaluate the untrained policy and save it as step 0, or load the checkpoint that `begin` names.
 
@@ -249,6 +262,7 @@ def start_or_resume(
     """
     from parts import ppo_checkpoints, ppo_state
 
+    ppo_state.require_masters(trainer)
     say = trainer.accelerator.on_main_process(print)
     if trainer.accelerator.is_main_process:
         ppo_checkpoints.make_room(begin)
@@ -258,7 +272,7 @@ def start_or_resume(
         log.keep_until(begin.step if begin.folder else -1)
         write_json(run_file, provenance(seed=settings.seed, decoding=asdict(decoding), settings=asdict(settings)))
     if begin.folder is None:
-        dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, decoding)
+        dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, template, decoding)
         dev_means = development_metrics(start)
         record = ppo_state.run_record(trainer, 0, settings, decoding, start, dev_means)
         ppo_state.save(trainer, f"{settings.output_dir}_step_0", record, dev_rows)
@@ -275,6 +289,7 @@ def start_or_resume(
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(PPOSettings, description=__doc__)
+    use_cache(settings.cache_dir)
     from parts import ppo_checkpoints, ppo_state
 
     # 1. Where to begin: at step 0, or at a checkpoint. Everything a user can get wrong comes before any model loads.
@@ -282,7 +297,7 @@ def main() -> None:
     hold(settings.output_dir, *logs_apart)
     check_writable(Path(settings.logging_dir) / "metrics.jsonl")
     begin = ppo_checkpoints.find_start(settings)
-    check_model_name(settings.model_name)
+    check_whole_model(settings.model_name, "--model_name")
     check_tokenizer_name(settings.tokenizer_name or settings.model_name)
     settings.check_reward()
     if settings.rollout_engine == "vllm":
@@ -322,7 +337,7 @@ def main() -> None:
     say = accelerator.on_main_process(tqdm.write)
     say(f"process {os.getpid()}: Ctrl-C or SIGTERM to it stops the run after the step that is under way")
     stop = StopRequest()
-    start = start_or_resume(begin, trainer, reward, dev_prompts, settings, decoding, log)
+    start = start_or_resume(begin, trainer, reward, dev_prompts, settings, template, decoding, log)
     bar = tqdm(total=settings.overall_steps, initial=begin.step, desc="PPO", unit="step", disable=not accelerator.is_main_process)
 
     data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
@@ -355,7 +370,7 @@ def main() -> None:
         means = reward_metrics(moments(columns, qtypes, of_all_processes=True), start)
         last = step == settings.overall_steps
         scheduled = last or step % settings.save_freq == 0
-        dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, decoding) if scheduled else (None, {})
+        dev_rows, dev_moments = evaluate(trainer, reward, dev_prompts, settings, template, decoding) if scheduled else (None, {})
         dev_means = development_metrics(dev_moments)
         stats |= {**means, **dev_means}
         if drawn_with:

@@ -35,7 +35,7 @@ from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
 from parts.locks import hold
-from parts.models import adapter_base, check_model_name, loading, model_identity
+from parts.models import adapter_base, check_model_name, check_whole_model, loading, model_identity
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.rows import is_heldout
 from parts.runs import RECORD, Checkpoint, begin_training, provenance, resumable_training
@@ -111,14 +111,16 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
     Raises:
         InputError: the language model cannot be loaded.
     """
+    import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with loading(settings.model_name, "a language model"):
         tokenizer = AutoTokenizer.from_pretrained(settings.model_name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, trust_remote_code=False)
+        dtype = "auto" if settings.bf16 else torch.float32
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, dtype=dtype, trust_remote_code=False)
     if settings.start_from:
-        return PeftModel.from_pretrained(model, settings.start_from, is_trainable=True), tokenizer
+        return _in_fp32(PeftModel.from_pretrained(model, settings.start_from, is_trainable=True)), tokenizer
     layers = model.config.num_hidden_layers
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -128,7 +130,15 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
         layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
         modules_to_save=["score"],
     )
-    return get_peft_model(model, lora), tokenizer
+    return _in_fp32(get_peft_model(model, lora)), tokenizer
+
+
+def _in_fp32(model: PeftModel) -> PeftModel:
+    """Whatever is trained, in fp32: PEFT leaves the head in the model's own precision, where small steps round away."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return model
 
 
 def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -310,7 +320,10 @@ def main() -> None:
 
     # 1. Data, and everything a user can get wrong, before any model loads.
     pairs = read_pairs(settings.preferences)
-    check_model_name(settings.output_dir if settings.evaluate_only else settings.model_name)
+    if settings.evaluate_only:
+        check_model_name(settings.output_dir)
+    else:
+        check_whole_model(settings.model_name, "--model_name")
     earlier = earlier_training(settings) if settings.start_from else None
     training, heldout = split_pairs(settings, pairs)
     resumed, fingerprint = None, ""

@@ -38,7 +38,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
 from parts.locks import hold
-from parts.models import check_model_name, loading, model_identity
+from parts.models import check_whole_model, load_causal_lm, loading, model_identity, use_cache
 from parts.processes import is_first_process
 from parts.runs import RECORD, begin_training, provenance, resumable_training
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
@@ -116,9 +116,7 @@ class SFTSettings(Settings):
 
 def check_base_model(settings: SFTSettings) -> None:
     """Raise InputError where no whole model can be loaded, or where it would be overwritten."""
-    if (Path(settings.model_name) / "adapter_config.json").is_file():
-        raise InputError(f"--model_name: {settings.model_name} is an adapter, expected a whole model")
-    check_model_name(settings.model_name)
+    check_whole_model(settings.model_name, "--model_name")
     if Path(settings.model_name).resolve() == Path(settings.output_dir).resolve():
         raise InputError(f"--output_dir: {settings.output_dir} is the model to train, expected another folder")
 
@@ -178,17 +176,14 @@ def load_model(settings: SFTSettings, mixed_precision: str) -> PreTrainedModel:
     """The model to train. What is trained is in fp32, except under DeepSpeed, which keeps fp32 copies of its own."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     half = mixed_precision == "bf16" and (deepspeed or settings.lora_r > 0)
     dtype = torch.bfloat16 if half else torch.float32
     # On a CPU, the backward pass of PyTorch's fused attention takes a quarter of a step in bf16.
     attention = "eager" if mixed_precision == "bf16" and not torch.cuda.is_available() else None
-    with loading(settings.model_name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
+    model = load_causal_lm(settings.model_name, dtype, settings.cache_dir or None, attn_implementation=attention)
     model.config.use_cache = False
     if not settings.lora_r:
         return model
@@ -320,9 +315,7 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
     base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     dtype = base.dtype or torch.float32
     if settings.lora_r:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, cache_dir=settings.cache_dir or None, dtype=dtype, trust_remote_code=False
-        )
+        model = load_causal_lm(settings.model_name, dtype, settings.cache_dir or None)
         model = PeftModel.from_pretrained(model, trained).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(trained, dtype=dtype, trust_remote_code=False)
@@ -340,6 +333,7 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(SFTSettings, description=__doc__)
+    use_cache(settings.cache_dir)
 
     # 1. Everything a user can get wrong, before the model loads.
     check_base_model(settings)

@@ -56,7 +56,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import file_digest, write_json
 from parts.locks import hold
-from parts.models import check_device, check_model_name
+from parts.models import check_device, check_model_name, use_cache
 from parts.rows import QTYPES
 from parts.runs import provenance
 
@@ -133,6 +133,7 @@ def main() -> None:
         print(compare_files(parse_settings(ComparisonSettings, description=__doc__).compare))
         return
     settings = parse_settings(AnnotationSettings, description=__doc__)
+    use_cache(settings.cache_dir)
 
     # 1. What there is to do, and everything a user can get wrong.
     if len(settings.data) != 1:

@@ -65,6 +65,11 @@ class DataSettings(Settings):
     url: str = setting("https://github.com/allenai/natural-instructions", "git repository of superni")
     overwrite: bool = setting(False, "replace an output that exists")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input_column == self.output_column:
+            raise InputError(f"--input_column and --output_column are both {self.input_column!r}, expected two columns")
+
 
 # Which settings a source reads, besides `source` and `overwrite`; any other is refused.
 READS = {
@@ -177,6 +182,8 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> list[dict]:
 def own_rows(paths: Sequence[Path], input_column: str, output_column: str) -> list[dict]:
     """Rows {input, output, qtype} of tables with any columns: `output` where a column is named, `qtype` where all rows have a valid one.
 
+    A row whose prompt is a conversation of several turns keeps them as `messages`.
+
     Raises:
         InputError: an unusable file, a missing column, or a cell that is not text.
     """
@@ -187,7 +194,9 @@ def own_rows(paths: Sequence[Path], input_column: str, output_column: str) -> li
             for column in names:
                 if not isinstance(row[column], str):
                     raise InputError(f"{path}: row {number}: column '{column}' is {type(row[column]).__name__}, expected text")
-            rows.append({name: row[column] for column, name in names.items()})
+            turns = row.get("messages") if input_column in ("input", "instruction") else None
+            kept = {"messages": turns} if turns and len(turns) > 1 else {}
+            rows.append({name: row[column] for column, name in names.items()} | kept)
             labels.append(row.get("qtype"))
     if all(label in QTYPES for label in labels):
         return [{**row, "qtype": label} for row, label in zip(rows, labels)]

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, read_text
+from parts.files import REPOSITORY, file_digest, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +113,12 @@ def _say_once(line: str) -> None:
 def template_names() -> list[str]:
     """The names that `load_template` knows."""
     return sorted(path.stem for path in FOLDER.glob("*.jinja")) + [TOKENIZER_OWN]
+
+
+def template_digest(name: str) -> str:
+    """A digest of a template's file; empty for one without a file, as the tokenizer's own is."""
+    file = FOLDER / f"{name}.jinja"
+    return file_digest(file) if file.is_file() else ""
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate:

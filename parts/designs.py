@@ -72,13 +72,11 @@ def shared_instructions(systems: Mapping[str, Mapping[str, str]]) -> list[str]:
 def design_name(settings) -> str:
     """A design in symbols, as `all_designs` writes them: "LI * RP * relevance, branching".
 
-    `length_target` stands beside LI. A user's function or a learned reward model has no symbols, and is named.
+    A user's function or a learned reward model has no symbols, and is named.
     """
     if named := getattr(settings, "named", ""):
         return named
-    symbols = dict.fromkeys(feature.symbol or feature.column for feature in settings.on)
-    target = f" (target {settings.length_target})" if settings.length_target else ""
-    parts = " * ".join(symbol + target if symbol == "LI" else symbol for symbol in symbols)
+    parts = " * ".join(symbol for symbol in settings.switched_on if symbol != "branching")
     return (parts or "1") + (", branching" if settings.reward_branching else "")
 
 

@@ -98,15 +98,40 @@ def code_digest(*paths: str | Path) -> str:
     """
     found = hashlib.sha256()
     for path in paths:
-        try:
-            tree = ast.parse(read_text(path))
-        except SyntaxError as error:
-            raise InputError(f"{path}: not Python ({error.msg} at line {error.lineno})") from None
+        tree = _parsed(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
                 del node.body[0]
         found.update(ast.dump(tree).encode("utf-8", "surrogatepass"))
     return found.hexdigest()
+
+
+def _parsed(path: str | Path) -> ast.Module:
+    try:
+        return ast.parse(read_text(path))
+    except SyntaxError as error:
+        raise InputError(f"{path}: not Python ({error.msg} at line {error.lineno})") from None
+
+
+def code_files(path: str | Path) -> list[Path]:
+    """A Python file, and what it and they import from its folder.
+
+    Raises:
+        InputError: a file is missing or is not Python.
+    """
+    found, waiting = [], [Path(path)]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.append(file)
+        for node in ast.walk(_parsed(file)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            places = [Path(path).parent.joinpath(*name.split(".")) for name in names]
+            waiting += [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return found
 
 
 def digest(content: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ MOST_DIGESTED = 256 * 1024**2  # bytes; a larger weight file is known by its siz
 _CONTENT = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja", "*/config.json", "*/*.safetensors")
 
 
+def use_cache(cache_dir: str) -> None:
+    """Let all downloads of this process go to `cache_dir`, where there is one: those of vLLM and of reward models too.
+
+    The hub's client reads it when it is imported, so this comes first.
+    """
+    if cache_dir:
+        os.environ["HF_HUB_CACHE"] = str(Path(cache_dir).absolute())
+
+
 def check_model_name(name_or_path: str) -> None:
     """Raise InputError for a model that cannot be loaded, as far as can be told without loading anything."""
     path = Path(name_or_path)
@@ -36,6 +46,13 @@ def check_model_name(name_or_path: str) -> None:
         hints = {"models/": "python -m parts.bundled_models", "outputs/demo_backbone": "python train_sft.py --config configs/demo_sft.yaml"}
         hint = next((f"; `{command}` makes it" for start, command in hints.items() if name_or_path.startswith(start)), "")
         raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
+
+
+def check_whole_model(name_or_path: str, flag: str) -> None:
+    """As `check_model_name`, for a model that is trained or adapted further: an adapter's own weights would be lost without a word."""
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        raise InputError(f"{flag}: {name_or_path} is an adapter, expected a whole model (merge_adapter.py makes one of it)")
+    check_model_name(name_or_path)
 
 
 def check_tokenizer_name(name_or_path: str) -> None:
@@ -215,7 +232,7 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype, cache_dir: str | None 
     """A causal LM, all of whose weights are in its files.
 
     Raises:
-        InputError: it cannot be loaded, or lacks weights: a reward model's folder has no language model's head.
+        InputError: it cannot be loaded, is an adapter, or lacks weights: a reward model's folder has no language model's head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -223,6 +240,8 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype, cache_dir: str | None 
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True, **options
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub's, which only loading tells
+        raise InputError(f"{name_or_path}: an adapter, expected a whole model (merge_adapter.py makes one of it)")
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained causal language model")

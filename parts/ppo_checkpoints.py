@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from parts.chat_templates import template_digest
 from parts.errors import InputError
 from parts.files import clear_leftovers, file_digest, is_same_path, read_json, remove_folder
 from parts.processes import is_first_process, launched_processes
@@ -104,8 +105,13 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         path = getattr(settings, name)
         if Path(path).is_file() and file_digest(path) != record["data"].get(name):
             changes.append(f"{path} has changed since")
-    if not is_same_sample(record.get("base_sample") or {}, weight_sample(settings.model_name, settings.cache_dir or None)):
-        changes.append(f"the weights of {settings.model_name} are others now")
+    samples = [record.get("base_sample") or {}, *record.get("reward_samples", [])]
+    for sample, name in zip(samples, [settings.model_name, *settings.models]):
+        if sample and not is_same_sample(sample, weight_sample(name, settings.cache_dir or None)):
+            changes.append(f"the weights of {name} are others now")
+    template = settings.chat_template_name
+    if record.get("template") == template and record.get("template_digest", "") not in ("", template_digest(template)):
+        changes.append(f"the chat template '{template}' has changed since")
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
     changes += [
         f"{name} was {before.get(name)!r} and is {value!r}"

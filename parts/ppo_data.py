@@ -90,7 +90,8 @@ def cut_at_stop_string(response: list[int], tokenizer: PreTrainedTokenizerBase, 
     Tokens are dropped, never encoded again: PPO needs the log-probabilities of tokens that the policy drew.
     """
     text = tokenizer.decode(response, skip_special_tokens=True)
-    starts = [text.find(stop) for stop in template.stop_strings if stop in text]
+    lead = len(text) - len(text.lstrip("\n "))  # a stop string begins no response: `ChatTemplate.strip_response`
+    starts = [start for stop in template.stop_strings if (start := text.find(stop, lead)) >= 0]
     if not starts:
         return response
     low, high = 1, len(response)

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from parts.chat_templates import template_digest
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import load_causal_lm
@@ -94,7 +95,9 @@ def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding,
         dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
         model=settings.model_name,
         base_sample=weight_sample(settings.model_name, settings.cache_dir or None),
+        reward_samples=[weight_sample(name, settings.cache_dir or None) for name in settings.models],
         template=settings.chat_template_name,
+        template_digest=template_digest(settings.chat_template_name),
         decoding=asdict(decoding),
         processes=trainer.accelerator.num_processes,
         kl_coef=float(trainer.kl_ctl.value),
@@ -151,6 +154,14 @@ def _optimizer(trainer: FastPPOTrainer) -> tuple[torch.optim.Optimizer, list[tor
     optimizer = trainer.optimizer.optimizer
     masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
     return (optimizer, []) if masters is None else (optimizer.optimizer, masters)
+
+
+def require_masters(trainer: FastPPOTrainer) -> None:
+    """Raises InputError where DeepSpeed keeps fp32 masters of half-precision weights in a place that no checkpoint would hold."""
+    optimizer = trainer.optimizer.optimizer
+    is_half = any(weight.dtype != torch.float32 for weight in trainer.model_params)
+    if type(optimizer).__module__.startswith("deepspeed.runtime") and is_half and not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        raise InputError(f"DeepSpeed trains by its {type(optimizer).__name__}, which no run could resume from, expected ZeRO stage 1 or 2")
 
 
 def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:

@@ -339,8 +339,11 @@ class FastPPOTrainer(PPOTrainer):
         import torch.distributed as dist
 
         arrays = ("objective/kl_dist", "objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
-        names = [name for name, value in stats.items() if isinstance(value, torch.Tensor) and name not in arrays]
-        together = torch.stack([stats[name].detach().double().reshape(()).to(self.accelerator.device) for name in names])
+        # TRL makes plain numbers of the lengths' statistics, which are this rank's too.
+        names = [
+            name for name, value in stats.items() if name.startswith("tokens/") or (isinstance(value, torch.Tensor) and name not in arrays)
+        ]
+        together = torch.stack([torch.as_tensor(stats[name]).detach().double().reshape(()).to(self.accelerator.device) for name in names])
         dist.all_reduce(together, dist.ReduceOp.SUM)
         return {**stats, **dict(zip(names, (together / self.accelerator.num_processes).float().cpu()))}
 

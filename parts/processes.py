@@ -45,7 +45,9 @@ def join_processes(mini_batch_size: int, gradient_accumulation_steps: int) -> Ac
     if accelerator.num_processes != launched_processes():
         raise RuntimeError(f"{accelerator.num_processes} processes came together, expected {launched_processes()} as launched")
     if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = mini_batch_size
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = mini_batch_size
+        config["gradient_accumulation_steps"] = gradient_accumulation_steps  # a DeepSpeed file's own, or 1 where it has none, would win
     return accelerator
 
 

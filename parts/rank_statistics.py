@@ -139,7 +139,7 @@ def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int 
     """
     curve, means = proxy.mean(axis=1), gold.mean(axis=1)
     peak = int(np.argmax(means))
-    beyond = [place for place in range(peak + 1, len(steps)) if curve[place] > curve[peak]]
+    beyond = [place for place in range(peak + 1, len(steps)) if curve[place] > curve[peak] and means[place] < means[peak]]
     if gold.shape[1] > 1:
         falls = {place: paired_difference(gold[peak], gold[place]) for place in beyond}
         beyond = [place for place, fall in falls.items() if fall["difference"] < -1.96 * fall["standard_error"]]
@@ -213,6 +213,9 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
             entry["mean_curves"] = spearman(*curves)
         result[gold] = entry
     return result
+
+
+COLUMNS = ("step", "proxy", "tokens", "kl", "rows")  # of a run's table; golds and components have the others
 
 
 def curve(run: ScoredRun) -> list[dict]:

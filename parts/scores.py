@@ -271,13 +271,22 @@ def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
     return columns
 
 
-def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
+def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bool = True) -> dict[str, dict[int, float]]:
     """Mean gold scores by column and step, from a CSV or JSON table; a column without numbers is no gold.
 
+    Args:
+        steps: of the checkpoints.
+        run: whose rows count, where the table has a column `run`.
+        is_lone: whether a table without one will do.
+
     Raises:
-        InputError: no column of numbers besides `step`, a missing or repeated step, or a cell without a finite number.
+        InputError: no column of numbers besides `step`, a missing or repeated step, a cell without a finite number, or several runs and
+            no column that tells them apart.
     """
     rows = read_table(path)
+    tells_runs = "run" in rows[0]
+    if not (tells_runs or is_lone):
+        raise InputError(f"{path}: no column 'run', expected one with the names of --model_prefix where there are several")
     found: list[str] = []
     for number, row in enumerate(rows, start=1):
         step = _number(row.get("step"))
@@ -285,15 +294,18 @@ def read_gold_scores(path: str, steps: Sequence[int]) -> dict[str, dict[int, flo
             raise InputError(f"{path}: row {number}: field 'step' is {row.get('step')!r}, expected a number")
         if not step.is_integer():
             raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
-        if str(int(step)) in found:
+        name = str(int(step))
+        if tells_runs and row.get("run") != run:
+            name = f"{row.get('run')}, step {name}"
+        if name in found:
             raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
-        found.append(str(int(step)))
-    columns = read_columns(path, rows, found, ["", "step"])
+        found.append(name)
+    columns = read_columns(path, rows, found, ["", "step", "run"])
     if not columns:
         raise InputError(f"{path}: no column of numbers besides 'step', expected one for each gold")
     for step in map(str, steps):
         if step not in found:
-            raise InputError(f"{path}: no row for step {step}")
+            raise InputError(f"{path}: no row for step {step}{f' of run {run!r}' if tells_runs else ''}")
         for gold, scores in columns.items():
             if step not in scores:
                 cell = rows[found.index(step)].get(gold)

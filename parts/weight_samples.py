@@ -47,7 +47,7 @@ def weight_sample(name_or_path: str, cache_dir: str | None = None) -> dict[str, 
 
 
 def _files(name_or_path: str, cache_dir: str | None) -> list[Path]:
-    """The safetensors of a folder or of a hub's model, which is downloaded; none where there are none."""
+    """The safetensors of a folder (an adapter's own) or of a hub's model, which is downloaded; none where there are none."""
     from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
@@ -60,7 +60,7 @@ def _files(name_or_path: str, cache_dir: str | None) -> list[Path]:
             return None
         return Path(found) if found else None
 
-    if whole := find("model.safetensors"):
+    if whole := find("adapter_model.safetensors") or find("model.safetensors"):
         return [whole]
     index = find("model.safetensors.index.json")
     shards = sorted(set(read_json(index)["weight_map"].values())) if index else []

@@ -260,7 +260,8 @@ def test_all_designs_from_one_scoring(sampled, tiny_gold, tmp_path, monkeypatch)
 
 def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, capsys):
     """The run's own design chooses among the samples; both curves are in one file, one figure and one page."""
-    settings = {"repetition_penalty": False, "relevance_scaling": False, "reward_branching": False, "logging_dir": str(tmp_path / "li")}
+    settings = {"repetition_penalty": False, "relevance_scaling": False, "reward_branching": False, "logging_dir": str(tmp_path / "li"),
+                "relevance_model_name": "models/all-MiniLM-L6-v2", "output_max_length": 77}  # fmt: skip
     for step in (1, 2, 3):
         folder = tmp_path / f"li_step_{step}"
         folder.mkdir()
@@ -270,14 +271,16 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     (tmp_path / "li").mkdir()
     log = [json.dumps({"step": step, "objective/kl": step / 2}) for step in (1, 2, 3)]
     (tmp_path / "li" / "metrics.jsonl").write_text("\n".join(log) + "\n", encoding="utf-8")
-    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold, "--best_of_n", sampled,
-             "--relevance_model_name=models/all-MiniLM-L6-v2"]  # fmt: skip
+    words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=li", "--gold_model", tiny_gold, "--best_of_n", sampled]
     loads, loaders = [], {"parts.relevance.load_encoder": load_encoder, "parts.gold_models.load_gold_reward_model": load_gold_reward_model}
     for name, load in loaders.items():
         monkeypatch.setattr(name, lambda *given, load=load, **more: loads.append(load.__name__) or load(*given, **more))
     assert run_inside(monkeypatch, *words) == 0
     assert sorted(loads) == ["load_encoder", "load_gold_reward_model"]  # each once
-    chosen = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")["golds"]["gold"]
+    written = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")
+    chosen, made = written["golds"]["gold"], written["provenance"]
+    # The samples are scored by the run's encoder and length, as the run's own rollouts are.
+    assert made["proxy"]["relevance_model_name"] == "models/all-MiniLM-L6-v2" and made["settings"]["output_max_length"] == 77
     assert len(chosen) == 17  # the runs' designs are among all
     folder = tmp_path / "li+best_of_n_monotonicity"
     assert "best-of-n" in (folder / "report.html").read_text(encoding="utf-8")

@@ -233,3 +233,30 @@ def test_code_of_a_folder_is_never_run(tiny_model, rows_file, tmp_path):
         done = subprocess.run(command, cwd=REPOSITORY, input="y\n" * 9, capture_output=True, text=True)
         assert not ran.exists(), words
         assert done.returncode == 2 and "custom code" in done.stderr, (words, done.stderr[-500:])
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model_name", ["run_ppo.py", "--dataset_path={rows}", "--dev_prompt_path={rows}", "--output_dir={folder}/run"]),
+        ("--model_name", ["train_gold_rm.py", "--preferences={pairs}", "--output_dir={folder}/gold"]),
+        ("--base_model_name", ["evaluation.py", "--data_path={rows}", "--chat_template_name=tokenizer", "--output_dir={folder}"]),
+    ],
+    ids=["run_ppo", "train_gold_rm", "evaluation"],
+)
+def test_an_adapter_is_no_model_to_train_from(tiny_model, rows_file, eval_file, tmp_path, flag, words):
+    """LoRA put on an adapter would replace its weights, and the run would start from the raw base without a word."""
+    adapter, pairs = tmp_path / "adapter", tmp_path / "pairs.json"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tiny_model)}), encoding="utf-8"
+    )
+    pair = {"instruction": "Name a river.", "output_1": "The Po.", "output_2": "A tree.", "preference": 1}
+    pairs.write_text(json.dumps([{**pair, "instruction": f"{pair['instruction']} {number}"} for number in range(30)]), encoding="utf-8")
+    rows = eval_file if words[0] == "evaluation.py" else rows_file
+    given = [word.format(rows=rows, folder=tmp_path, pairs=pairs) for word in words]
+    done = run_script(*given, f"{flag}={adapter}")
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1] == f"error: {flag}: {adapter} is an adapter, expected a whole model (merge_adapter.py makes one of it)"
+    )

@@ -146,6 +146,30 @@ def test_names_of_golds():
         short_names(["a", "a"])
 
 
+def test_a_gold_table_of_several_runs(tmp_path):
+    table = tmp_path / "gold.csv"
+    table.write_text("run,step,human\none,1,1\ntwo,1,3\none,2,2\n", encoding="utf-8")
+    assert read_gold_scores(str(table), [1, 2], "one", is_lone=False) == {"human": {1: 1.0, 2: 2.0}}
+    with pytest.raises(InputError, match="gold.csv: no row for step 2 of run 'two'$"):
+        read_gold_scores(str(table), [1, 2], "two", is_lone=False)
+    table.write_text("step,human\n1,1\n2,3\n", encoding="utf-8")
+    with pytest.raises(
+        InputError, match="gold.csv: no column 'run', expected one with the names of --model_prefix where there are several$"
+    ):
+        read_gold_scores(str(table), [1, 2], "one", is_lone=False)
+
+
+@pytest.mark.parametrize(("column", "what"), [("gold", "another gold"), ("proxy", "what is no gold"), ("length", "what is no gold")])
+def test_a_gold_has_a_name_of_its_own(tmp_path, tiny_gold, column, what):
+    make_run(tmp_path, [1, 2, 4])
+    table = tmp_path / "table.csv"
+    table.write_text(f"step,{column}\n1,1\n2,3\n4,2\n", encoding="utf-8")
+    done = run_script("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=run", "--relevance_scaling=false",
+                      "--reward_branching=false", f"--gold_model={tiny_gold}", f"--gold_scores={table}")  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == f"error: a gold is called '{column}', as {what} is, expected another column in --gold_scores or another folder\n"
+
+
 def test_tables_are_aligned():
     assert table_text([{"design": "LI", "x": 0.5}, {"design": "1", "x": None}]) == "design       x\nLI      0.5000\n1            -"
 
@@ -270,7 +294,7 @@ def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
     for name in ("one", "two"):
         make_run(tmp_path, [1, 2, 4], instructions=[row["input"] for row in ROWS], name=name)
     table = tmp_path / "human.csv"
-    table.write_text("step,human\n1,1\n2,3\n4,2\n", encoding="utf-8")
+    table.write_text("run,step,human\none,1,1\none,2,3\none,4,2\ntwo,4,2\ntwo,1,1\ntwo,2,3\n", encoding="utf-8")
     words = ["eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix", "one", "two", "--relevance_scaling=false",
              "--reward_branching=false", f"--gold_model={tiny_gold}", f"--gold_scores={table}", "--gold_batch_tokens=64"]  # fmt: skip
     done = run_script(*words)
@@ -303,6 +327,7 @@ def test_several_runs_and_golds_from_the_command_line(tmp_path, tiny_gold):
 
 
 def test_a_design_in_symbols():
+    assert list(all_designs(ProxySettings(length_target=50).switched_on)) == ["LI (target 50)", "1"]
     paper = ProxySettings(repetition_penalty=True, relevance_scaling=True, reward_branching=True).switched_on
     assert len(all_designs(paper)) == 16
     for name, switches in all_designs(paper).items():

@@ -75,6 +75,7 @@ def test_agreement_prompt_by_prompt():
         ([1, 2, 3, 4], [1, 2, 3, 4], None),
         ([1, 9, 3, 4], [1, 3, 2, 1], None),
         ([1, 2, 3, 4], [5, 3, 2, 1], 10),
+        ([1, 2, 3, 4], [1, 2, 2, 2], None),  # never falls
     ],
 )
 def test_where_gold_turns(proxy, gold, step):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROWS, run_script
+from conftest import REPOSITORY, ROWS, run_script
 from safetensors.torch import load_file
 from test_pipeline import metrics, ppo_words
 
@@ -46,6 +46,27 @@ def state_facts(folder: Path, rank: int) -> dict:
 
     with safe_open(folder / f"trainer_state_rank{rank}.safetensors", framework="pt") as file:
         return json.loads(file.metadata()["facts"])
+
+
+def test_the_flags_accumulation_wins_over_a_deepspeed_file(tmp_path):
+    """accelerate would take the file's, or 1 where it says nothing: an optimiser step a mini batch."""
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 7}), encoding="utf-8"
+    )
+    launch = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "use_cpu": True, "num_machines": 1, "num_processes": 1,
+              "machine_rank": 0, "main_process_ip": "127.0.0.1", "main_process_port": free_port(), "rdzv_backend": "static",
+              "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": False}}  # fmt: skip
+    (tmp_path / "launch.yaml").write_text(json.dumps(launch), encoding="utf-8")
+    (tmp_path / "join.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom parts.processes import join_processes\n"
+        "config = join_processes(3, 4).state.deepspeed_plugin.deepspeed_config\n"
+        "print(config['train_micro_batch_size_per_gpu'], config['gradient_accumulation_steps'], config['zero_optimization']['stage'])\n",
+        encoding="utf-8",
+    )
+    words = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml"))
+    done = run_script(str(tmp_path / "join.py"), launcher=words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "3 4 2"
 
 
 # The value head's own settings are another layout of the optimiser. Warm-up ends where the run below is resumed.

@@ -146,3 +146,29 @@ def test_json_lines_survive_a_cut_at_any_byte(tmp_path):
         list(whole.read())
     with pytest.raises(ValueError, match="not JSON compliant"):
         whole.append(float("nan"))
+
+
+def test_what_a_reward_function_imports_from_its_folder_is_its_code(tmp_path):
+    """Another number in a file that is imported is another reward; one that is not imported changes nothing."""
+    from parts.files import code_files
+    from reward_model import RewardSettings
+
+    (tmp_path / "mine.py").write_text(
+        "import json\nfrom weights import W\n\ndef reward(prompts, completions, **_):\n    import kit.more\n    return [W] * len(prompts)\n"
+    )
+    (tmp_path / "weights.py").write_text("from kit import scale\nW = 1\n")
+    (tmp_path / "other.py").write_text("A = 1\n")
+    (tmp_path / "kit").mkdir()
+    for name in ("__init__", "scale", "more", "unused"):
+        (tmp_path / "kit" / f"{name}.py").write_text("B = 1\n")
+    names = {str(file.relative_to(tmp_path)) for file in code_files(tmp_path / "mine.py")}
+    assert names == {"mine.py", "weights.py", "kit/__init__.py", "kit/scale.py", "kit/more.py"}
+
+    def source():
+        return RewardSettings(reward_function=[f"{tmp_path / 'mine.py'}:reward"]).reward_source()["mine.py"]
+
+    before = source()
+    (tmp_path / "other.py").write_text("A = 2\n")
+    assert source() == before
+    (tmp_path / "weights.py").write_text("from kit import scale\nW = 2\n")
+    assert source() != before

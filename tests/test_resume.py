@@ -130,7 +130,7 @@ def test_resuming_refuses_other_settings_and_broken_folders(left_alone, tiny_mod
     assert broken.returncode == 2 and "tiny_step_2: cannot be resumed from" in broken.stderr
 
 
-def test_what_may_change_is_said(rows_file, tmp_path, capsys):
+def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
     """More steps extend a run without a schedule; whatever else is allowed to change is named, the reward's code too."""
     from dataclasses import asdict
 
@@ -158,6 +158,23 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys):
     scheduled.overall_steps = 8
     with pytest.raises(InputError, match="overall_steps was 6 and is 8"):
         check_settings(tmp_path, scheduled, 1)
+
+    record(settings(), settings().reward_source())
+    changed = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8"))
+    changed |= {
+        "template": "alpaca",
+        "template_digest": "0" * 64,
+        "base_sample": {"0.q.weight": [1.0]},
+        "reward_samples": [{"0.k.weight": [1.0]}],
+    }
+    (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
+    now = settings(reward_model_name="r")
+    with monkeypatch.context() as patched:
+        patched.setattr("parts.ppo_checkpoints.weight_sample", lambda name, _: {"0.q.weight": [1.0], "0.k.weight": [2.0]})
+        said = "the weights of r are others now; the chat template 'alpaca' has changed since; reward_model_name was"
+        with pytest.raises(InputError) as refused:
+            check_settings(tmp_path, now, 1)
+        assert said in str(refused.value) and "the weights of m are" not in str(refused.value)
 
     record(settings(), settings().reward_source())
     older = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8"))

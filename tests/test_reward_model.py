@@ -19,6 +19,7 @@ from reward_model import (
     ReversedEngineeredRewardForInference,
     RewardSettings,
     length_incentive,
+    proxy_of_run,
     query_relevance,
     query_text,
     reference_relevance,
@@ -428,6 +429,15 @@ def test_a_reward_function_that_cannot_be_loaded(tmp_path, text, name, message):
     path = reward_file(tmp_path, text) if text is not None else tmp_path / "mine.py"
     with pytest.raises(InputError, match=message):
         RewardSettings(reward_function=f"{path}:{name}").check_reward()
+
+
+def test_a_flag_that_a_runs_reward_function_does_not_read_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def mine(prompts, completions, **_):\n    return [1.0] * len(prompts)\n", encoding="utf-8")
+    trained = {"reward_function": [f"{path}:mine"]}
+    assert proxy_of_run(trained, typed={"repetition_penalty": None}).reward_function == [f"{path}:mine"]
+    with pytest.raises(InputError, match="--repetition_penalty: the run was trained on --reward_function .*mine, which does not read it$"):
+        proxy_of_run(trained, typed={"repetition_penalty": False})
 
 
 def test_a_reward_function_needs_a_file_and_a_name():

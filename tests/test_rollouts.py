@@ -63,6 +63,21 @@ def test_a_response_that_starts_with_a_stop_string_keeps_a_token(tiny_model):
     assert cut_at_stop_string(ids, tokenizer, load_template("alpaca")) == ids[:1]
 
 
+@pytest.mark.parametrize(
+    ("response", "kept"),
+    [
+        ("\n\n\n\nParis is the capital.", "\n\n\n\nParis is the capital."),
+        ("\n\n--Paris\n\n--London", "\n\n--Paris"),
+        ("  \n\n\n\n\nYes.### Instruction: No.", "  \n\n\n\n\nYes."),
+    ],
+)
+def test_white_space_that_leads_a_response_is_no_stop_string(tiny_model, response, kept):
+    """The tokens that PPO trains on hold the text that the reward sees: `strip_response` strips before it cuts."""
+    tokenizer, template = load_tokenizer(str(tiny_model)), load_template("alpaca")
+    cut = tokenizer.decode(cut_at_stop_string(tokenizer(response)["input_ids"], tokenizer, template))
+    assert cut == kept and template.strip_response(cut) == template.strip_response(response)
+
+
 def test_greedy_rollouts_are_those_of_transformers_at_any_batch_size(policy, tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     template = ChatTemplate("t", "{{ messages[0].content }}", ("x",), ("x",))
