@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import train_gold_rm
 from parts.batching import batches_by_length
 from parts.bradley_terry import bradley_terry_loss
 from parts.conversations import encode_conversation
@@ -355,6 +358,21 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert load_gold_reward_model(str(again), device="cpu").get_reward(BATCH) == scores  # nothing was learned on top
     assert read_json(again / "training_record.json")["start_from"] == record
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_what_is_trained_is_fp32_whatever_the_model_is(tiny_model, tmp_path, bf16):
+    """A head in bfloat16 would lose small steps; and without --bf16 nothing is in half precision."""
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path / "half")
+    shutil.copy(tiny_model / "tokenizer_config.json", tmp_path / "half")
+    settings = train_gold_rm.GoldTrainingSettings(
+        model_name=str(tmp_path / "half"), preferences="", output_dir="", lora_layers=1, bf16=bf16
+    )
+    model, _ = train_gold_rm.reward_model(settings)
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trained) and set(trained.values()) == {torch.float32}
+    assert model.get_base_model().model.embed_tokens.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_a_training_that_was_begun_otherwise_is_refused(tiny_model, tmp_path):

@@ -484,3 +484,23 @@ def test_superni_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch, be
         with pytest.raises(InputError, match=message.format(head)):
             run(monkeypatch, "superni", "--url", folder, "--revision", head, "--data_dir", tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_conversation_keeps_its_turns(tmp_path, monkeypatch):
+    """The policy is to see all turns, as where such a file is read without preparing."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Name a dog."}]
+    answer = {"role": "assistant", "content": "Rex"}
+    path, target = tmp_path / "talk.jsonl", tmp_path / "rows.json"
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in ([*turns, answer], [turns[0], answer])), encoding="utf-8"
+    )
+    run(monkeypatch, path, "--output", target)
+    first, second = json.loads(target.read_text(encoding="utf-8"))
+    assert first == {"input": "User: Hi\n\nAssistant: Hello\n\nUser: Name a dog.", "output": "Rex", "messages": turns}
+    assert second == {"input": "Hi", "output": "Rex"}
+    assert read_rows(target, {})[0]["messages"] == turns
+
+
+def test_one_column_is_not_both(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--input_column and --output_column are both 'text', expected two columns"):
+        run(monkeypatch, tmp_path / "a.json", "--input_column=text", "--output_column=text", "--output", tmp_path / "b.json")

@@ -103,6 +103,8 @@ def test_two_processes(tiny_model, tmp_path, launch, more):
     dev = json.loads((tmp_path / "tiny_step_3" / "development_rollouts.json").read_text(encoding="utf-8"))
     assert [row["row"] for row in dev] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in metrics(tmp_path / "tiny")] == [1, 2, 3]  # one writer
+    for row in metrics(tmp_path / "tiny"):  # TRL's own number is of one process
+        assert row["tokens/responses_len_mean"] == pytest.approx(row["reward/response_tokens"])
     facts = [state_facts(tmp_path / "tiny_step_3", rank) for rank in (0, 1)]
     for name in ("kl_coef", "running", "weights"):
         assert facts[0][name] == facts[1][name]
