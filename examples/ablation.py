@@ -44,14 +44,15 @@ from tqdm import tqdm
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, file_digest, read_json, read_text, write_json
-from parts.gold_settings import GoldSettings
+from parts.files import atomic_path, digest, file_digest, read_json, read_text, write_json
+from parts.gold_settings import GoldSettings, short_names
 from parts.models import model_identity
 from parts.overlap import rouge_l
 from parts.rank_statistics import together
 from parts.rows import read_rows
 from parts.runs import checkpoints_of, meta_path, provenance
 from parts.scores import ScoreStore, gold_columns
+from parts.weight_samples import weight_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
@@ -165,6 +166,40 @@ def run_cell(cell: Cell, threads: int, stop: Event) -> None:
     print(f"{cell.name}: done, {cell.kept}", flush=True)
 
 
+def made_with(cell: Cell) -> dict[str, str]:
+    """Digests of what a cell's numbers depend on besides design, seed and code, by the setting that names it."""
+    settings = cell.settings
+    golds = dict(zip(short_names(settings.gold_model), map(_content, settings.gold_model)))
+    found = {"ppo_config": digest(yaml.safe_load(read_text(settings.ppo_config))), "data_path": file_digest(settings.data_path),
+             "gold_model": digest(golds), "bf16": digest(settings.bf16)}  # fmt: skip
+    return found | ({"reward_model": digest(_content(settings.reward_model))} if cell.design == LEARNED else {})
+
+
+def _content(model: str) -> object:
+    return weight_sample(model) if Path(model).is_dir() else model
+
+
+def read_kept(cell: Cell) -> dict:
+    """A finished cell. Raises InputError for one that was made with other settings or models than these, with which it is no mean."""
+    kept, now = read_json(cell.kept), made_with(cell)
+    for name, value in kept.get("made_with", {}).items():
+        if value != now.get(name):
+            raise InputError(f"{cell.kept}: made with another --{name} than {getattr(cell.settings, name)}, expected another --results_dir")
+    return kept
+
+
+def require_own_runs(cell: Cell) -> None:
+    """Raises InputError where what a cell has trained so far was trained with other settings."""
+    from parts.ppo_checkpoints import changed_settings
+    from run_ppo import PPOSettings
+
+    train = commands(cell)[0]
+    settings = parse_settings(PPOSettings, train[train.index("--config") :])
+    for point in checkpoints_of(cell.run):
+        if changes := changed_settings(point.trained, settings):
+            raise InputError(f"{point.folder}: {changes[0]}, expected another --output_dir")
+
+
 def run_cells(cells: Sequence[Cell], at_once: int, threads: int) -> list[InputError]:
     """Run cells side by side, in order; return what failed, each told as it fails. Ctrl-C begins no further command."""
     failures, stop = [], Event()
@@ -205,6 +240,8 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
         texts = {point.step: [row["output"] for row in point.rows] for point in ends}
         temporary.write_bytes(gzip.compress(json.dumps(texts).encode(), mtime=0))
     extra = {
+        "made_with": made_with(cell),
+        "training_commit": read_json(f"{cell.run}/logs/run.json")["commit"],
         "cell": {"design": cell.design, "seed": cell.seed, "commands": [shlex.join(words) for words in typed]},
         "policy_digest": file_digest(policy) if policy.is_file() else None,
         "constrained_rouge_l": overlaps,
@@ -373,6 +410,9 @@ def main() -> None:
     settings = parse_settings(AblationSettings, description=__doc__)
     cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
     left = [cell for cell in cells if not cell.kept.is_file()]
+    for cell in cells:
+        if cell not in left:
+            read_kept(cell)
     failures: list[InputError] = []
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
     if left and not settings.status:
@@ -381,8 +421,10 @@ def main() -> None:
             raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; train_sft.py makes it, as examples/demo.sh does")
         cores = len(os.sched_getaffinity(0))
         at_once = settings.side_by_side or cores
+        for cell in left:
+            require_own_runs(cell)
         failures += run_cells(left, at_once, max(1, cores // at_once))
-    kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
+    kept = [read_kept(cell) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
     if kept:
         entries = summarise(kept)
         results = Path(settings.results_dir)

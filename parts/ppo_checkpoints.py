@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -91,14 +91,11 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     record = read_json(folder / RECORD)
     if record["processes"] != processes:
         raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to resume, found {processes}")
-    # A setting that is younger than the checkpoint had its default.
-    defaults = {field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in fields(settings)}
-    before = defaults | record["settings"]
+    before = _settings_then(record["settings"], settings)
     bound = [name for name in IN_THE_STATE if before.get(name) != getattr(settings, name)]
     if bound:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
     source = settings.reward_source()
-    paths = {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
     code = [name for name in record["reward_source"] | source if record["reward_source"].get(name) != source.get(name)]
     changes = [f"the reward's code has changed since ({', '.join(code)})"] if code else []
     for name in ("dataset_path", "dev_prompt_path"):
@@ -113,15 +110,27 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     if record.get("template") == template and record.get("template_digest", "") not in ("", template_digest(template)):
         changes.append(f"the chat template '{template}' has changed since")
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
-    changes += [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in asdict(settings).items()
-        if name not in harmless and not _is_same(before.get(name), value, name in paths)
-    ]
+    changes += changed_settings(record["settings"], settings, harmless)
     if changes and not settings.allow_changed_settings:
         raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
     if changes:
         print(f"{folder}: resumes although {'; '.join(changes)}")
+
+
+def changed_settings(recorded: Mapping, settings, harmless: Collection[str] = HARMLESS) -> list[str]:
+    """What differs between a run's recorded settings and these, in words, the harmless ones left out."""
+    before, paths = _settings_then(recorded, settings), {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
+    return [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in asdict(settings).items()
+        if name not in harmless and not _is_same(before.get(name), value, name in paths)
+    ]
+
+
+def _settings_then(recorded: Mapping, settings) -> dict:
+    """Recorded settings; one that is younger than the record had its default."""
+    defaults = {field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in fields(settings)}
+    return defaults | dict(recorded)
 
 
 def _is_same(recorded: object, value: object, is_path: bool) -> bool:

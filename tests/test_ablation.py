@@ -83,6 +83,16 @@ def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_
     texts = json.loads(gzip.decompress((tmp_path / "kept" / "LI-RP-5.rollouts.json.gz").read_bytes()))
     assert sorted(texts) == ["0", "2"] and len(texts["2"]) == 6
     assert run_script(*words).stdout.startswith("1 of 1 cells are done; left: none\n")
+    assert kept["training_commit"] == read_json(tmp_path / "runs" / "LI-RP-5" / "logs" / "run.json")["commit"]
+
+    # Another setting is another cell: neither the kept one nor its training counts.
+    refused = run_script(*words, "--bf16=true")
+    said = f"error: {tmp_path}/kept/LI-RP-5.json: made with another --bf16 than True, expected another --results_dir\n"
+    assert refused.returncode == 2 and refused.stderr == said
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**config, "learning_rate": 0.5}), encoding="utf-8")
+    refused = run_script(*words, f"--results_dir={tmp_path / 'elsewhere'}")
+    assert refused.returncode == 2
+    assert "LI-RP-5_step_0: learning_rate was 1e-05 and is 0.5, expected another --output_dir" in refused.stderr
 
 
 @pytest.fixture

@@ -410,3 +410,20 @@ def test_the_template_of_a_base_model(tiny_model, tmp_path, capsys):
     tokenizer.chat_template = None
     assert template_name(settings, point, tokenizer) == "alpaca"
     assert "prompts have 'alpaca', since its tokenizer has none" in capsys.readouterr().out
+
+
+def test_checkpoints_of_two_tokenizers_are_two_calls(tiny_model, eval_file, tmp_path):
+    """One tokenizer serves a call: the second run's prompts and end tokens would be the first's."""
+    for name, tokenizer in (("a_step_1", ""), ("b_step_1", str(tiny_model))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "base_model_name_or_path": "models/x"}), encoding="utf-8"
+        )
+        record = {"settings": {"tokenizer_name": tokenizer, "chat_template_name": "tokenizer"}}
+        (folder / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    done = run_script("evaluation.py", f"--base_model_name={base}", "--peft_model_name", tmp_path / "a_step_1", tmp_path / "b_step_1",
+                      f"--data_path={eval_file}")  # fmt: skip
+    said = f"{tmp_path}/a_step_1 was trained with the tokenizer {base}, {tmp_path}/b_step_1 with {tiny_model}, expected a call for each"
+    assert done.returncode == 2 and done.stderr == f"error: {said}\n"

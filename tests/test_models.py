@@ -260,3 +260,13 @@ def test_an_adapter_is_no_model_to_train_from(tiny_model, rows_file, eval_file, 
     assert (
         done.stderr.splitlines()[-1] == f"error: {flag}: {adapter} is an adapter, expected a whole model (merge_adapter.py makes one of it)"
     )
+
+
+def test_every_download_goes_to_the_cache_that_is_named(tmp_path):
+    """Reward models and vLLM have no argument for it."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); import run_ppo, evaluation, train_sft; from parts.models import use_cache; use_cache('big'); "
+        "assert 'huggingface_hub' not in sys.modules; from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == f"{REPOSITORY / 'big'}\n", done.stderr
