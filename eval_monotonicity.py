@@ -29,7 +29,7 @@ import parts  # noqa: F401 - first, so that a signal is one line from here on
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
 from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
-from reward_model import FEATURES, FULL_DESIGN, RewardSettings, proxy_of_run
+from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
@@ -85,7 +85,11 @@ class MonotonicitySettings(Settings):
     gold_model: list[str] = setting(
         [], f"gold reward models: hub names, folders, or adapter folders; {DEFAULT_GOLD} where no gold is named", path=True
     )
-    gold_scores: str = setting("", "table (CSV or JSON) of mean gold scores: a column step, any other column of numbers a gold", path=True)
+    gold_scores: str = setting(
+        "",
+        "table (CSV or JSON) of mean gold scores: a column step, for several runs a column run, any other one of numbers a gold",
+        path=True,
+    )
     rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard", path=True)
     best_of_n: list[str] = setting(
         [], "files of several samples a row (evaluation.py --num_samples), to judge what a proxy chooses among n of them", path=True
@@ -211,11 +215,19 @@ def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
 
 def check_gold_names(golds: Sequence[str], runs: Sequence[Run]) -> None:
     """Raises InputError where two columns of the tables and reports would have one name."""
-    taken = {*COLUMNS, *(feature.column for feature in FEATURES)}
+    proxies = [run.proxy for run in runs if run.proxy.is_proxy]
+    taken = {*COLUMNS, *(feature.column for proxy in proxies for feature in FEATURES if feature.always_shown or feature in proxy.on)}
     for place, name in enumerate(golds):
         if name in taken or name in golds[:place]:
             what = "another gold" if name in golds[:place] else "what is no gold"
             raise InputError(f"a gold is called {name!r}, as {what} is, expected another column in --gold_scores or another folder")
+
+
+def require_readers(runs: Sequence[Run], typed: Mapping) -> None:
+    """Raises InputError for a flag of the proxy where every run was trained on a function, which reads none."""
+    flags = [field.name for field in fields(ProxySettings) if typed.get(field.name) is not None]
+    if flags and not typed.get("reward_function") and all(run.proxy.reward_function for run in runs):
+        raise InputError(f"--{flags[0]}: {runs[0].name} was trained on --reward_function, which does not read it")
 
 
 def warn_of_other_draws(runs: Sequence[Run]) -> None:
@@ -300,8 +312,8 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         for name, column in tables[0].items()
         if name != "total" and not all(value is None or isinstance(value, str) for value in column)
     }
-    if shared := components.keys() & {*COLUMNS, *gold}:
-        raise InputError(f"the reward of {run.name} has a column {min(shared)!r}, expected another name: it stands for something else here")
+    # A user's function may call a column as it likes.
+    components = {f"reward.{name}" if name in {*COLUMNS, *gold} else name: scores for name, scores in components.items()}
     tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
@@ -339,6 +351,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
+    require_readers(runs, typed)
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
     output = Path(settings.output_dir)
@@ -358,10 +371,11 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
 
     if settings.best_of_n:
         # Designs choose among samples by the runs' encoder and length: the samples' policy has no record of either.
-        settings.output_max_length = runs[0].output_max_length
+        like = next((run for run in runs if run.proxy.is_proxy), runs[0])
+        settings.output_max_length = like.output_max_length
 
         def read(trained: Mapping) -> RewardSettings:
-            return read_proxy(settings, typed, runs[0].trained)
+            return read_proxy(settings, typed, like.trained if like.proxy.is_proxy else trained)
 
         curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:

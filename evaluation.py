@@ -423,9 +423,6 @@ def main() -> None:
 
         instances = read_instances(settings.superni_dir, settings.superni_tasks, settings.superni_instances)
     check_whole_model(settings.base_model_name, "--base_model_name")
-    for point in checkpoints:
-        if not point.is_whole:
-            require_base(point.folder, point.record, settings.base_model_name, settings.cache_dir or None)
     if settings.engine == "vllm":
         check_vllm("--engine vllm")
     check_device(settings.device)
@@ -435,13 +432,14 @@ def main() -> None:
     from accelerate import PartialState
 
     from parts.chat_templates import load_template
-    from parts.models import load_tokenizer, read_facts
+    from parts.models import is_same_tokenizer, load_tokenizer, read_facts
 
-    tokenizers = {point.trained.get("tokenizer_name") or settings.base_model_name: point.folder for point in checkpoints}
-    if len(tokenizers) > 1:
-        (one, first), (other, second) = list(tokenizers.items())[:2]
-        raise InputError(f"{first} was trained with the tokenizer {one}, {second} with {other}, expected a call for each")
-    tokenizer = load_tokenizer(*tokenizers, settings.cache_dir or None)
+    named = {point.trained.get("tokenizer_name") or settings.base_model_name: point.folder for point in checkpoints}
+    (name, tokenizer), *others = ((name, load_tokenizer(name, settings.cache_dir or None)) for name in named)
+    for other, another in others:
+        if not is_same_tokenizer(tokenizer, another):
+            told = f"{named[name]} was trained with the tokenizer {name}, {named[other]} with {other}"
+            raise InputError(f"{told}, which is another one, expected a call for each")
     model = read_facts(settings.base_model_name, tokenizer, settings.cache_dir or None)
     names = {point: template_name(settings, point, tokenizer) for point in checkpoints}
     templates = {point: load_template(name, tokenizer) for point, name in names.items()}
@@ -452,6 +450,8 @@ def main() -> None:
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
     hold(*(job.target for job in waiting))
     waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one
+    for point in dict.fromkeys(job.checkpoint for job in waiting if not job.checkpoint.is_whole):
+        require_base(point.folder, point.record, settings.base_model_name, settings.cache_dir or None)
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.
     processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files

@@ -508,17 +508,21 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
+    without_idle_target(found)
     try:
-        own = RewardSettings(**{**FULL_DESIGN, **found})
+        RewardSettings(**{**FULL_DESIGN, **found})
     except InputError as error:
         raise InputError(f"the run's record: {error}") from None
     found |= {"reward_model_batch_size": batch_size}
-    typed = {name: value for name, value in (typed or {}).items() if name in names and value is not None}
-    idle = [field.name for field in fields(ProxySettings) if field.name in typed]
-    if idle and own.reward_function and "reward_function" not in typed:
-        raise InputError(f"--{idle[0]}: the run was trained on --reward_function {' '.join(own.reward_function)}, which does not read it")
-    found |= typed
+    found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
+    without_idle_target(found)
     return RewardSettings(**{**FULL_DESIGN, **found})
+
+
+def without_idle_target(settings: dict) -> None:
+    """A length target counts only where LI is on: runs that were trained without LI may have recorded one."""
+    if not settings.get("length_incentive", True):
+        settings["length_target"] = 0
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ class PPOSettings(RewardSettings):
     early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
     target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
 
-    reward_baseline: float = setting(0.0, "subtracted from every reward; their running mean goes anyway, so that it moves logs alone")
+    reward_baseline: float = setting(0.0, "subtracted from every reward; it moves logs alone, since training takes the running mean away")
     score_norm_by_qtype: bool = setting(
         False, "normalise rewards by the running mean and deviation of their query type, not of all rewards"
     )

@@ -56,7 +56,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import file_digest, write_json
 from parts.locks import hold
-from parts.models import check_device, check_model_name, use_cache
+from parts.models import check_device, check_whole_model, use_cache
 from parts.rows import QTYPES
 from parts.runs import provenance
 
@@ -154,7 +154,7 @@ def main() -> None:
     if settings.annotator != "openai":
         check_device(settings.device)
     if settings.annotator == "local":
-        check_model_name(settings.model)
+        check_whole_model(settings.model, "--model")
 
     # 2. Labels and references.
     answers = None

@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, file_digest, read_csv, read_json, read_text, write_json
-from parts.rows import QTYPES, Problem, one_prompt, read_rows, say_once
+from parts.rows import QTYPES, Problem, one_prompt, read_rows, say_once, without_other_turns
 from parts.runs import provenance
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
@@ -129,6 +129,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
 
 def whole_prompts(rows: Sequence[dict], path: Path) -> list[dict]:
     """Rows with their whole prompts, as `parts.rows.one_prompt` puts them together, which is said."""
+    rows = [without_other_turns(row) for row in rows]
     whole = [one_prompt(row, number) for number, row in enumerate(rows, start=1)]
     if joined := sum(row is not own for row, own in zip(whole, rows)):
         say_once(f"{path}: {joined} prompts are put together from 'instruction' and 'input', or from 'messages'")

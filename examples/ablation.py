@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, digest, file_digest, read_json, read_text, write_json
+from parts.files import atomic_path, digest, file_digest, is_same_path, read_json, read_text, write_json
 from parts.gold_settings import GoldSettings, short_names
 from parts.models import model_identity
 from parts.overlap import rouge_l
@@ -156,13 +156,14 @@ def run_cell(cell: Cell, threads: int, stop: Event) -> None:
             raise InputError(f"{cell.name}: {words[0]} ended with {done.returncode}; its console is {log}")
 
     train, *rest = typed = commands(cell)
+    made = made_with(cell)  # what the files say now, and not when the cell is done
     if not is_trained():
         run(train)
         if not is_trained():  # a signal ends run_ppo.py with 0 after the step under way
             raise InputError(f"{cell.name}: stopped while it trained; the same command resumes it")
     for words in rest:
         run(words)
-    keep(cell, typed)
+    keep(cell, typed, made)
     print(f"{cell.name}: done, {cell.kept}", flush=True)
 
 
@@ -189,15 +190,15 @@ def read_kept(cell: Cell) -> dict:
 
 
 def require_own_runs(cell: Cell) -> None:
-    """Raises InputError where what a cell has trained so far was trained with other settings."""
-    from parts.ppo_checkpoints import changed_settings
-    from run_ppo import PPOSettings
-
-    train = commands(cell)[0]
-    settings = parse_settings(PPOSettings, train[train.index("--config") :])
+    """Raises InputError where what a cell has trained so far was trained with other settings; a run may be extended."""
+    settings = {**yaml.safe_load(read_text(cell.settings.ppo_config)), "bf16": cell.settings.bf16}
+    settings |= {"reward_model_name": [cell.settings.reward_model]} if cell.design == LEARNED else {}
+    del settings["overall_steps"]
     for point in checkpoints_of(cell.run):
-        if changes := changed_settings(point.trained, settings):
-            raise InputError(f"{point.folder}: {changes[0]}, expected another --output_dir")
+        for name, value in settings.items():
+            then = point.trained.get(name, value)
+            if then != value and not is_same_path(then, value):
+                raise InputError(f"{point.folder}: {name} was {then!r} and is {value!r}, expected another --output_dir")
 
 
 def run_cells(cells: Sequence[Cell], at_once: int, threads: int) -> list[InputError]:
@@ -223,7 +224,7 @@ def kept_texts(cell: Cell) -> Path:
     return cell.kept.with_suffix(".rollouts.json.gz")
 
 
-def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
+def keep(cell: Cell, typed: Sequence[Sequence[str]], made: dict[str, str]) -> None:
     """Write the two files of a finished cell."""
     found = read_json(f"{cell.run}_monotonicity/monotonicity.json")
     points = {point.step: point for point in checkpoints_of(cell.run) if point.rollouts.is_file()}
@@ -240,8 +241,8 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]]) -> None:
         texts = {point.step: [row["output"] for row in point.rows] for point in ends}
         temporary.write_bytes(gzip.compress(json.dumps(texts).encode(), mtime=0))
     extra = {
-        "made_with": made_with(cell),
-        "training_commit": read_json(f"{cell.run}/logs/run.json")["commit"],
+        "made_with": made,
+        "training_commit": ends[1].record["commit"],
         "cell": {"design": cell.design, "seed": cell.seed, "commands": [shlex.join(words) for words in typed]},
         "policy_digest": file_digest(policy) if policy.is_file() else None,
         "constrained_rouge_l": overlaps,

@@ -15,7 +15,6 @@ floor 2, words, names, numbers
     cli               command lines and YAML files into dataclasses of settings
     runs              a run's layout on disk, its checkpoints; what every output records
     models            models by name: which can be loaded, where they run, their tokenizers
-    weight_samples    whether two names mean the same model
     chat_templates    prompts
     preferences       preference pairs to train a gold model on
     rank_statistics   SpearmanR and what surrounds it
@@ -24,9 +23,10 @@ floor 2, words, names, numbers
 floor 3, on models and runs
     packing           rows as one sequence, without padding
     logprobs          hidden states in, log-probabilities out, in the model's own way
-    ppo_checkpoints   a PPO run's checkpoints: which one it resumes from, what is in its way
+    weight_samples    whether two names mean the same model
     adapters          PEFT adapters on a model that is used again after them
 floor 4, what the stages are made of
+    ppo_checkpoints   a PPO run's checkpoints: which one it resumes from, what is in its way
     conversations     a question and its answer as a gold reward model reads them
     features          what a white-box feature is
     relevance         the sentence encoder of the relevances

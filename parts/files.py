@@ -114,22 +114,26 @@ def _parsed(path: str | Path) -> ast.Module:
 
 
 def code_files(path: str | Path) -> list[Path]:
-    """A Python file, and what it and they import from its folder.
+    """A Python file, and what it and they import from its folder; of this project's own modules none.
 
     Raises:
         InputError: a file is missing or is not Python.
     """
     found, waiting = [], [Path(path)]
+    own = {REPOSITORY / "reward_model.py", *(REPOSITORY / "parts").glob("*.py")}
     while waiting:
         file = waiting.pop()
-        if file in found:
+        if file in found or (found and file.resolve() in own):
             continue
         found.append(file)
         for node in ast.walk(_parsed(file)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{name}" for name in names)]
-            places = [Path(path).parent.joinpath(*name.split(".")) for name in names]
+            folder, names = Path(path).parent, []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                folder = file.parents[node.level - 1] if node.level else folder
+                names = [".".join(filter(None, (node.module, *more))) for more in ((), *((alias.name,) for alias in node.names))]
+            places = [folder.joinpath(*name.split(".")) for name in names if name]
             waiting += [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
     return found
 

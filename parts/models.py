@@ -241,7 +241,7 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype, cache_dir: str | None 
             name_or_path, dtype=dtype, cache_dir=cache_dir, trust_remote_code=False, output_loading_info=True, **options
         )
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub's, which only loading tells
-        raise InputError(f"{name_or_path}: an adapter, expected a whole model (merge_adapter.py makes one of it)")
+        raise InputError(f"{name_or_path}: an adapter, expected a whole model (merge_adapter.py makes one of its folder)")
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise InputError(f"{name_or_path}: no weights for {', '.join(missing[:3])}, expected a trained causal language model")
@@ -261,3 +261,11 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> PreTraine
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def is_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers encode alike, as far as vocabulary, special tokens and chat template tell."""
+    return all(
+        read(one) == read(other)
+        for read in (lambda each: each.chat_template, lambda each: each.special_tokens_map, lambda each: each.get_vocab())
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -102,23 +102,23 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         path = getattr(settings, name)
         if Path(path).is_file() and file_digest(path) != record["data"].get(name):
             changes.append(f"{path} has changed since")
-    samples = [record.get("base_sample") or {}, *record.get("reward_samples", [])]
-    for sample, name in zip(samples, [settings.model_name, *settings.models]):
-        if sample and not is_same_sample(sample, weight_sample(name, settings.cache_dir or None)):
+    samples = {record.get("model"): record.get("base_sample", {}), **record.get("reward_samples", {})}
+    for name in (settings.model_name, *settings.models):  # another name is told by the settings
+        if samples.get(name) and not is_same_sample(samples[name], weight_sample(name, settings.cache_dir or None)):
             changes.append(f"the weights of {name} are others now")
     template = settings.chat_template_name
     if record.get("template") == template and record.get("template_digest", "") not in ("", template_digest(template)):
         changes.append(f"the chat template '{template}' has changed since")
-    harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
-    changes += changed_settings(record["settings"], settings, harmless)
+    changes += changed_settings(record["settings"], settings)
     if changes and not settings.allow_changed_settings:
         raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
     if changes:
         print(f"{folder}: resumes although {'; '.join(changes)}")
 
 
-def changed_settings(recorded: Mapping, settings, harmless: Collection[str] = HARMLESS) -> list[str]:
+def changed_settings(recorded: Mapping, settings) -> list[str]:
     """What differs between a run's recorded settings and these, in words, the harmless ones left out."""
+    harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
     before, paths = _settings_then(recorded, settings), {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
     return [
         f"{name} was {before.get(name)!r} and is {value!r}"

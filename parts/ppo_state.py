@@ -95,7 +95,7 @@ def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding,
         dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
         model=settings.model_name,
         base_sample=weight_sample(settings.model_name, settings.cache_dir or None),
-        reward_samples=[weight_sample(name, settings.cache_dir or None) for name in settings.models],
+        reward_samples={name: weight_sample(name, settings.cache_dir or None) for name in settings.models},
         template=settings.chat_template_name,
         template_digest=template_digest(settings.chat_template_name),
         decoding=asdict(decoding),
@@ -161,7 +161,10 @@ def require_masters(trainer: FastPPOTrainer) -> None:
     optimizer = trainer.optimizer.optimizer
     is_half = any(weight.dtype != torch.float32 for weight in trainer.model_params)
     if type(optimizer).__module__.startswith("deepspeed.runtime") and is_half and not hasattr(optimizer, "single_partition_of_fp32_groups"):
-        raise InputError(f"DeepSpeed trains by its {type(optimizer).__name__}, which no run could resume from, expected ZeRO stage 1 or 2")
+        kind = type(optimizer).__name__
+        raise InputError(
+            f"DeepSpeed trains by its {kind}, whose fp32 weights no checkpoint would hold, expected ZeRO stage 2 as in configs/zero2-bf16.yaml"
+        )
 
 
 def _state(trainer: FastPPOTrainer) -> tuple[dict[str, torch.Tensor], dict]:

@@ -340,9 +340,8 @@ class FastPPOTrainer(PPOTrainer):
 
         arrays = ("objective/kl_dist", "objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
         # TRL makes plain numbers of the lengths' statistics, which are this rank's too.
-        names = [
-            name for name, value in stats.items() if name.startswith("tokens/") or (isinstance(value, torch.Tensor) and name not in arrays)
-        ]
+        lengths = {f"tokens/{what}_len_{part}" for what in ("queries", "responses") for part in ("mean", "std")}
+        names = [name for name, value in stats.items() if name in lengths or (isinstance(value, torch.Tensor) and name not in arrays)]
         together = torch.stack([torch.as_tensor(stats[name]).detach().double().reshape(()).to(self.accelerator.device) for name in names])
         dist.all_reduce(together, dist.ReduceOp.SUM)
         return {**stats, **dict(zip(names, (together / self.accelerator.num_processes).float().cpu()))}

@@ -161,6 +161,7 @@ def iterate_rows(
         chunks = itertools.chain([first] if first else [], chunks)
         joined = 0
         for number, row in read(chunks, offset, row_limit):
+            row = without_other_turns(row) if isinstance(row, dict) else row
             whole = one_prompt(row, number) if isinstance(row, dict) else row
             joined += isinstance(whole, dict) and whole is not row
             yield number, whole
@@ -173,6 +174,22 @@ def iterate_rows(
             )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield number or 0, Problem("unreadable", f"not a whole gzip file ({error})")
+
+
+def without_other_turns(row: dict) -> dict:
+    """A row without `messages` where its prompt is not made of them: a policy would be shown them, and the answer may be among them."""
+    prompt = row.get("input", row.get("instruction"))
+    if "messages" not in row or prompt is None:
+        return row
+    turns = row["messages"]
+    are_texts = isinstance(turns, list) and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
+    if are_texts and all(isinstance(turn.get("role"), str) for turn in turns) and _paragraphs(turns) == prompt:
+        return row
+    return {name: value for name, value in row.items() if name != "messages"}
+
+
+def _paragraphs(turns: Sequence[Mapping[str, str]]) -> str:
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
 def one_prompt(row: dict, number: int) -> dict | Problem:
@@ -203,7 +220,7 @@ def one_prompt(row: dict, number: int) -> dict | Problem:
     last = len(roles) - 1 - roles[::-1].index("user")
     answer = {"output": turns[last + 1]["content"]} if last + 1 < len(turns) else {}
     asked = turns[: last + 1]
-    whole = asked[0]["content"] if last == 0 else "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in asked)
+    whole = asked[0]["content"] if last == 0 else _paragraphs(asked)
     return {**answer, **row, "messages": asked, "instruction": whole, "input": whole}
 
 

@@ -284,7 +284,8 @@ def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bo
             no column that tells them apart.
     """
     rows = read_table(path)
-    tells_runs = "run" in rows[0]
+    named = [str(row.get("run", "")).strip() for row in rows]
+    tells_runs = run in named if is_lone else any(named)  # a lone run's table may have a label of that name
     if not (tells_runs or is_lone):
         raise InputError(f"{path}: no column 'run', expected one with the names of --model_prefix where there are several")
     found: list[str] = []
@@ -295,8 +296,8 @@ def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bo
         if not step.is_integer():
             raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
         name = str(int(step))
-        if tells_runs and row.get("run") != run:
-            name = f"{row.get('run')}, step {name}"
+        if tells_runs and named[number - 1] != run:
+            name = f"{named[number - 1]}, step {name}"
         if name in found:
             raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
         found.append(name)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from parts.errors import InputError
 from parts.files import read_json
+from parts.models import loading
 
 MATRICES, VALUES = 64, 4  # how many are looked at, and how many numbers of each
 _MOST_APART = 0.125  # share of the numbers: of those of a copy in float16 some 6% round to another bfloat16
@@ -28,21 +29,26 @@ def weight_sample(name_or_path: str, cache_dir: str | None = None) -> dict[str, 
     Returns:
         `VALUES` numbers each of `MATRICES` matrices or fewer, by name from the layer's number on (copies may call the root otherwise), in
         bfloat16, which copies in other precisions have in common. Empty where the model has no safetensors with such matrices.
+
+    Raises:
+        InputError: a broken file.
     """
     from safetensors import safe_open
 
-    found: dict[str, tuple[str, Path]] = {}
-    for file in _files(name_or_path, cache_dir):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                part = weights.get_slice(name)
-                if re.search(r"\.\d+\.", name) and len(part.get_shape()) == 2 and part.get_dtype() in ("F32", "F16", "BF16"):
-                    found[re.sub(r"^\D*", "", name)] = name, file
+    found: dict[str, list[tuple[str, Path]]] = {}
     sample = {}
-    for short in sorted(sorted(found), key=lambda short: zlib.crc32(short.encode()))[:MATRICES]:
-        name, file = found[short]
-        with safe_open(file, framework="pt") as weights:
-            sample[short] = weights.get_slice(name)[:1, :VALUES].flatten().bfloat16().float().tolist()
+    with loading(name_or_path, "safetensors"):
+        for file in _files(name_or_path, cache_dir):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    part = weights.get_slice(name)
+                    if re.search(r"\.\d+\.", name) and len(part.get_shape()) == 2 and part.get_dtype() in ("F32", "F16", "BF16"):
+                        found.setdefault(re.sub(r"^\D*", "", name), []).append((name, file))
+        alone = [short for short, places in found.items() if len(places) == 1]  # a model of two towers may have a layer 0 in each
+        for short in sorted(alone, key=lambda short: (zlib.crc32(short.encode()), short))[:MATRICES]:
+            ((name, file),) = found[short]
+            with safe_open(file, framework="pt") as weights:
+                sample[short] = weights.get_slice(name)[:1, :VALUES].flatten().bfloat16().float().tolist()
     return sample
 
 

@@ -83,7 +83,7 @@ def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_
     texts = json.loads(gzip.decompress((tmp_path / "kept" / "LI-RP-5.rollouts.json.gz").read_bytes()))
     assert sorted(texts) == ["0", "2"] and len(texts["2"]) == 6
     assert run_script(*words).stdout.startswith("1 of 1 cells are done; left: none\n")
-    assert kept["training_commit"] == read_json(tmp_path / "runs" / "LI-RP-5" / "logs" / "run.json")["commit"]
+    assert kept["training_commit"] == read_json(tmp_path / "runs" / "LI-RP-5_step_2" / "training_record.json")["commit"]
 
     # Another setting is another cell: neither the kept one nor its training counts.
     refused = run_script(*words, "--bf16=true")

@@ -413,8 +413,13 @@ def test_the_template_of_a_base_model(tiny_model, tmp_path, capsys):
 
 
 def test_checkpoints_of_two_tokenizers_are_two_calls(tiny_model, eval_file, tmp_path):
-    """One tokenizer serves a call: the second run's prompts and end tokens would be the first's."""
-    for name, tokenizer in (("a_step_1", ""), ("b_step_1", str(tiny_model))):
+    """One tokenizer serves a call: the second run's prompts and end tokens would be the first's. A copy is the same one."""
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(tiny_model, folder)
+    config = read_json(other / "tokenizer_config.json")
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "a"}), encoding="utf-8")
+    for name, tokenizer in (("a_step_1", ""), ("b_step_1", str(copy)), ("c_step_1", str(other))):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "adapter_config.json").write_text(
@@ -422,8 +427,9 @@ def test_checkpoints_of_two_tokenizers_are_two_calls(tiny_model, eval_file, tmp_
         )
         record = {"settings": {"tokenizer_name": tokenizer, "chat_template_name": "tokenizer"}}
         (folder / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
-    base = shutil.copytree(tiny_model, tmp_path / "base")
-    done = run_script("evaluation.py", f"--base_model_name={base}", "--peft_model_name", tmp_path / "a_step_1", tmp_path / "b_step_1",
-                      f"--data_path={eval_file}")  # fmt: skip
-    said = f"{tmp_path}/a_step_1 was trained with the tokenizer {base}, {tmp_path}/b_step_1 with {tiny_model}, expected a call for each"
-    assert done.returncode == 2 and done.stderr == f"error: {said}\n"
+    words = ["evaluation.py", f"--base_model_name={tiny_model}", f"--data_path={eval_file}", "--peft_model_name", tmp_path / "a_step_1"]
+    done = run_script(*words, tmp_path / "c_step_1")
+    said = f"{tmp_path}/a_step_1 was trained with the tokenizer {tiny_model}, {tmp_path}/c_step_1 with {other}"
+    assert done.returncode == 2 and done.stderr == f"error: {said}, which is another one, expected a call for each\n"
+    done = run_script(*words, tmp_path / "b_step_1")
+    assert done.returncode == 2 and "no adapter_model.safetensors" in done.stderr  # what comes after it

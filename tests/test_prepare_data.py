@@ -501,6 +501,17 @@ def test_a_conversation_keeps_its_turns(tmp_path, monkeypatch):
     assert read_rows(target, {})[0]["messages"] == turns
 
 
+def test_turns_that_are_not_the_prompt_are_left_out(tmp_path, monkeypatch):
+    """They may hold the answer, and a policy would be shown them in the prompt's place."""
+    path, target = tmp_path / "both.jsonl", tmp_path / "rows.json"
+    turns = [{"role": "user", "content": "Name a dog."}, {"role": "assistant", "content": "Rex"}]
+    rows = [{"input": "Name a dog.", "output": "Rex", "messages": messages} for messages in (turns, "see thread 3", None)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read_rows(path, {}) == [{"input": "Name a dog.", "output": "Rex"}] * 3
+    run(monkeypatch, path, "--output", target)
+    assert json.loads(target.read_text(encoding="utf-8")) == [{"input": "Name a dog.", "output": "Rex"}] * 3
+
+
 def test_one_column_is_not_both(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--input_column and --output_column are both 'text', expected two columns"):
         run(monkeypatch, tmp_path / "a.json", "--input_column=text", "--output_column=text", "--output", tmp_path / "b.json")

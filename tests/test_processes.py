@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, ROWS, run_script
@@ -161,3 +163,22 @@ def test_two_machines(tiny_model, rows_file, tmp_path):
     moments = [sum(tensor.numel() for name, tensor in state.items() if name.endswith("exp_avg")) for state in states]
     trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_1" / "adapter_model.safetensors").values()) + 33
     assert sum(moments) < trained + 64 and max(moments) <= trained / 2 + 32  # each has half of them, up to padding
+
+
+@pytest.mark.parametrize(("module", "attribute", "dtype", "refused"), [
+    ("deepspeed.runtime.bf16_optimizer", None, "bfloat16", True),
+    ("deepspeed.runtime.zero.stage_1_and_2", "single_partition_of_fp32_groups", "bfloat16", False),
+    ("deepspeed.runtime.bf16_optimizer", None, "float32", False),
+    ("torch.optim.adam", None, "bfloat16", False),
+])  # fmt: skip
+def test_fp32_weights_that_no_checkpoint_would_hold_are_refused(module, attribute, dtype, refused):
+    import torch
+
+    from parts.errors import InputError
+    from parts.ppo_state import require_masters
+
+    optimizer = type("Optimizer", (), {"__module__": module, **({attribute: []} if attribute else {})})()
+    weights = [torch.zeros(2, dtype=getattr(torch, dtype))]
+    trainer = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer), model_params=weights)
+    with pytest.raises(InputError, match="DeepSpeed trains by its Optimizer, whose fp32 weights") if refused else contextlib.nullcontext():
+        require_masters(trainer)

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from parts.errors import InputError
-from parts.files import JsonLines, atomic_path, read_json, write_json
+from parts.files import REPOSITORY, JsonLines, atomic_path, read_json, write_json
 from parts.rows import QTYPES, read_rows, require_finite
 from parts.runs import provenance
 
@@ -159,10 +159,12 @@ def test_what_a_reward_function_imports_from_its_folder_is_its_code(tmp_path):
     (tmp_path / "weights.py").write_text("from kit import scale\nW = 1\n")
     (tmp_path / "other.py").write_text("A = 1\n")
     (tmp_path / "kit").mkdir()
-    for name in ("__init__", "scale", "more", "unused"):
-        (tmp_path / "kit" / f"{name}.py").write_text("B = 1\n")
+    for name, text in (("__init__", ""), ("scale", ""), ("unused", ""), ("more", "from .deep import B\nfrom . import side"), ("side", ""),
+                       ("deep", "from reward_model import length_incentive\nB = 1")):  # fmt: skip
+        (tmp_path / "kit" / f"{name}.py").write_text(f"{text}\n")
     names = {str(file.relative_to(tmp_path)) for file in code_files(tmp_path / "mine.py")}
-    assert names == {"mine.py", "weights.py", "kit/__init__.py", "kit/scale.py", "kit/more.py"}
+    assert names == {"mine.py", "weights.py", "kit/__init__.py", "kit/scale.py", "kit/more.py", "kit/deep.py", "kit/side.py"}
+    assert code_files(REPOSITORY / "examples" / "my_reward.py") == [REPOSITORY / "examples" / "my_reward.py"]  # uses reward_model.py
 
     def source():
         return RewardSettings(reward_function=[f"{tmp_path / 'mine.py'}:reward"]).reward_source()["mine.py"]

@@ -165,7 +165,8 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
         "template": "alpaca",
         "template_digest": "0" * 64,
         "base_sample": {"0.q.weight": [1.0]},
-        "reward_samples": [{"0.k.weight": [1.0]}],
+        "model": "m",
+        "reward_samples": {"r": {"0.k.weight": [1.0]}},
     }
     (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
     now = settings(reward_model_name="r")
@@ -175,6 +176,9 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
         with pytest.raises(InputError) as refused:
             check_settings(tmp_path, now, 1)
         assert said in str(refused.value) and "the weights of m are" not in str(refused.value)
+        with pytest.raises(InputError) as refused:
+            check_settings(tmp_path, settings(reward_model_name="other"), 1)
+        assert "weights" not in str(refused.value)
 
     record(settings(), settings().reward_source())
     older = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8"))

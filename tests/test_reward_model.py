@@ -431,13 +431,13 @@ def test_a_reward_function_that_cannot_be_loaded(tmp_path, text, name, message):
         RewardSettings(reward_function=f"{path}:{name}").check_reward()
 
 
-def test_a_flag_that_a_runs_reward_function_does_not_read_is_refused(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def mine(prompts, completions, **_):\n    return [1.0] * len(prompts)\n", encoding="utf-8")
-    trained = {"reward_function": [f"{path}:mine"]}
-    assert proxy_of_run(trained, typed={"repetition_penalty": None}).reward_function == [f"{path}:mine"]
-    with pytest.raises(InputError, match="--repetition_penalty: the run was trained on --reward_function .*mine, which does not read it$"):
-        proxy_of_run(trained, typed={"repetition_penalty": False})
+def test_a_target_without_li_is_refused_and_in_a_record_it_is_idle():
+    with pytest.raises(InputError, match="--length_target is 50 and --length_incentive is off, expected it on: it takes LI's place"):
+        RewardSettings(length_incentive=False, length_target=50, repetition_penalty=True)
+    trained = {"length_incentive": False, "length_target": 50, "repetition_penalty": True}
+    assert proxy_of_run(trained).length_target == 0
+    assert proxy_of_run({"length_target": 50}, typed={"length_incentive": False}).length_target == 0
+    assert proxy_of_run({"length_target": 50}).length_target == 50
 
 
 def test_a_reward_function_needs_a_file_and_a_name():

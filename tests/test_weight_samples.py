@@ -68,7 +68,7 @@ def test_a_run_on_a_base_that_has_changed(tiny_model, copies, rows_file, eval_fi
     assert read_json(adapter / "training_record.json")["base_sample"] == json.loads(json.dumps(weight_sample(str(tiny_model))))
     shutil.copy(copies / "other" / "model.safetensors", base / "model.safetensors")
     said = f"error: {adapter}: trained on {base}, whose weights were others than those of {base}\n"
-    rollouts = [f"--base_model_name={base}", f"--peft_model_name={adapter}", f"--data_path={eval_file}"]
+    rollouts = [f"--base_model_name={base}", f"--peft_model_name={adapter}", f"--data_path={eval_file}", "--max_new_tokens=4"]
     for script, more in (("evaluation.py", rollouts), ("merge_adapter.py", [str(adapter), f"--output_dir={tmp_path / 'merged'}"])):
         done = run_script(script, *more)
         assert done.returncode == 2 and done.stderr == said
