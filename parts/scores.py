@@ -284,7 +284,7 @@ def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bo
             no column that tells them apart.
     """
     rows = read_table(path)
-    named = [str(row.get("run", "")).strip() for row in rows]
+    named = ["" if row.get("run") is None else str(row["run"]).strip() for row in rows]
     tells_runs = run in named if is_lone else any(named)  # a lone run's table may have a label of that name
     if not (tells_runs or is_lone):
         raise InputError(f"{path}: no column 'run', expected one with the names of --model_prefix where there are several")
