@@ -1,8 +1,8 @@
-"""What the value head's settings gain: the full design with each of them, against runs without, on the same prompts.
+"""What the value head's settings gain: a run with each of them, against a run of the same design without, on the same prompts.
 
-    python examples/ablation.py --designs full           # the runs without: its first steps are compared
+    python examples/ablation.py --designs LI full        # the runs without: their first steps are compared
     python benchmarks/value_head.py                      # the others; stopped at any moment, it resumes
-    python benchmarks/value_head.py --threads=1 --seeds 1 2
+    python benchmarks/value_head.py --published outputs/ablation/LI-{seed} --output_dir=outputs/value_head_li --variants rate --seeds 2 3
 
 Runs of one seed see the same prompts at each step, so that rewards are compared step by step. What is kept is
 <results_dir>/value_head.json and its table, value_head.md.
@@ -31,6 +31,7 @@ from parts.files import atomic_path, read_json, read_text, write_json  # noqa: E
 from parts.runs import checkpoints_of, provenance  # noqa: E402
 
 PUBLISHED = "as published"
+SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
 VARIANTS = {
     "warmup": ["--value_warmup_steps=4"],
     "rate": ["--value_learning_rate=0.01"],
@@ -45,7 +46,9 @@ class ValueHeadSettings(Settings):
     seeds: list[int] = setting([1, 2, 3], "seeds of PPO")
     steps: int = setting(20, "PPO steps of a run", least=2 * WINDOW)
     variants: list[str] = setting([*VARIANTS], f"of {', '.join(VARIANTS)}")
-    published: str = setting("outputs/ablation/full-{seed}", "output_dir of the runs without, {seed} standing for the seed")
+    published: str = setting(
+        "outputs/ablation/full-{seed}", "output_dir of the runs without, whose design the others have; {seed}: the seed"
+    )
     output_dir: str = setting("outputs/value_head", "checkpoints and logs of the others", path=True)
     results_dir: str = setting("assets/value_head", "what is kept", path=True)
     threads: int = setting(0, "threads of a run; 0 means one a core", least=0)
@@ -63,10 +66,12 @@ def train(settings: ValueHeadSettings, variant: str, seed: int) -> str:
     run = f"{settings.output_dir}/{variant}-{seed}"
     resume = ["--resume_from_checkpoint=auto"] if checkpoints_of(run) else []
     save = yaml.safe_load(read_text(settings.ppo_config))["save_freq"]
+    without = read_json(Path(settings.published.format(seed=seed)) / "logs" / "run.json")["settings"]
+    design = [f"--{switch}={str(without[switch]).lower()}" for switch in SWITCHES]
     words = ["accelerate", "launch", "--config_file", str(REPOSITORY / "configs" / "cpu.yaml"),
              str(REPOSITORY / "run_ppo.py"), "--config", settings.ppo_config, f"--seed={seed}",
              f"--overall_steps={settings.steps}", f"--save_freq={min(save, settings.steps)}", f"--exp_name={variant}-{seed}",
-             f"--output_dir={run}", f"--bf16={str(settings.bf16).lower()}", *VARIANTS[variant], *resume]  # fmt: skip
+             f"--output_dir={run}", f"--bf16={str(settings.bf16).lower()}", *design, *VARIANTS[variant], *resume]  # fmt: skip
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     places |= {"OMP_NUM_THREADS": str(settings.threads or len(os.sched_getaffinity(0)))}
     log = Path(f"{run}.log")
