@@ -68,8 +68,8 @@ def train(settings: ValueHeadSettings, variant: str, seed: int) -> str:
     save = yaml.safe_load(read_text(settings.ppo_config))["save_freq"]
     without = read_json(Path(settings.published.format(seed=seed)) / "logs" / "run.json")["settings"]
     design = [f"--{switch}={str(without[switch]).lower()}" for switch in SWITCHES]
-    words = ["accelerate", "launch", "--config_file", str(REPOSITORY / "configs" / "cpu.yaml"),
-             str(REPOSITORY / "run_ppo.py"), "--config", settings.ppo_config, f"--seed={seed}",
+    words = ["accelerate", "launch", "--config_file", os.path.relpath(REPOSITORY / "configs" / "cpu.yaml"),
+             os.path.relpath(REPOSITORY / "run_ppo.py"), "--config", settings.ppo_config, f"--seed={seed}",
              f"--overall_steps={settings.steps}", f"--save_freq={min(save, settings.steps)}", f"--exp_name={variant}-{seed}",
              f"--output_dir={run}", f"--bf16={str(settings.bf16).lower()}", *design, *VARIANTS[variant], *resume]  # fmt: skip
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
