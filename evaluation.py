@@ -451,7 +451,7 @@ def main() -> None:
     hold(*(job.target for job in waiting))
     waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one
     for point in dict.fromkeys(job.checkpoint for job in waiting if not job.checkpoint.is_whole):
-        require_base(point.folder, point.record, settings.base_model_name, settings.cache_dir or None)
+        require_base(point.folder, point.record, settings.base_model_name)
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.
     processes = PartialState(cpu=True)  # gloo, on GPUs too: only for barriers, since responses meet in files

@@ -45,7 +45,7 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
         raise InputError(f"{adapters[0].folder}: all of a model's weights already, expected an adapter to merge")
     base = settings.base_model_name or adapter_base(adapters[0].folder)
     check_model_name(base)
-    require_base(adapters[0].folder, adapters[0].record, base, settings.cache_dir or None)
+    require_base(adapters[0].folder, adapters[0].record, base)
     if (Path(base) / "adapter_config.json").is_file():
         raise InputError(f"{base}: an adapter itself, expected a whole model to merge into")
     output = Path(settings.output_dir)

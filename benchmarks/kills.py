@@ -232,7 +232,9 @@ def make_scenarios(place: Path, inputs: Path) -> dict[str, Scenario]:
         "all weights": Scenario("run_ppo", ppo(use_peft="false", overall_steps=2), 10, 4),
         "two processes": Scenario("run_ppo", ppo(overall_steps=2), 8, 8, processes=2),
         "rollouts": Scenario("evaluation", rollouts(), 20, 10, [trained], holds=rows_match_records),
-        "rollouts anew": Scenario("evaluation", rollouts(seed=7, overwrite="true"), 20, 10, [trained, drawn], holds=rows_match_records),
+        "rollouts overwritten": Scenario(
+            "evaluation", rollouts(seed=7, overwrite="true"), 20, 10, [trained, drawn], holds=rows_match_records
+        ),
         "scoring": Scenario("eval_monotonicity", scored, 20, 10, [trained, drawn]),
     }
 

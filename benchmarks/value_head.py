@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from examples.ablation import SWITCHES, is_trained, markdown, run_command  # noqa: E402
 from parts.cli import Settings, parse_settings, setting  # noqa: E402
 from parts.errors import InputError, run_main  # noqa: E402
 from parts.files import atomic_path, read_json, read_text, write_json  # noqa: E402
 from parts.runs import checkpoints_of, provenance  # noqa: E402
 
 PUBLISHED = "as published"
-SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
 VARIANTS = {
     "warmup": ["--value_warmup_steps=4"],
     "rate": ["--value_learning_rate=0.01"],
@@ -72,20 +71,11 @@ def train(settings: ValueHeadSettings, variant: str, seed: int) -> str:
              os.path.relpath(REPOSITORY / "run_ppo.py"), "--config", settings.ppo_config, f"--seed={seed}",
              f"--overall_steps={settings.steps}", f"--save_freq={min(save, settings.steps)}", f"--exp_name={variant}-{seed}",
              f"--output_dir={run}", f"--bf16={str(settings.bf16).lower()}", *design, *VARIANTS[variant], *resume]  # fmt: skip
-    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    places |= {"OMP_NUM_THREADS": str(settings.threads or len(os.sched_getaffinity(0)))}
-    log = Path(f"{run}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if not is_done(run, settings.steps):
-        with log.open("a", encoding="utf-8") as console:
-            subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
-        if not is_done(run, settings.steps):
-            raise InputError(f"{variant}-{seed}: not trained to its end; its console is {log}")
+    if not is_trained(run, settings.steps):
+        run_command(words, run, settings.threads or len(os.sched_getaffinity(0)))
+        if not is_trained(run, settings.steps):
+            raise InputError(f"{variant}-{seed}: stopped while it trained; the same command resumes it")
     return run
-
-
-def is_done(run: str, steps: int) -> bool:
-    return steps in [point.step for point in checkpoints_of(run)]
 
 
 def curve(run: str, steps: int) -> dict[str, list[float]]:
@@ -147,7 +137,7 @@ def as_table(entries: list[dict]) -> str:
         lines.append([entry["name"], *(f"{value:+.2f}" for value in entry["explained"]),
                       "" if entry is entries[0] else f"{entry['gained']:+.2f}{error}",
                       str(entry["reached"] or "not reached"), f"{entry['kl']:.1f}"])  # fmt: skip
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)
 
 
 def main() -> None:

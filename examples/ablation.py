@@ -139,32 +139,32 @@ def run_cell(cell: Cell, threads: int, stop: Event) -> None:
     Raises:
         InputError: a command failed or was stopped.
     """
-    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": str(threads)}
-    log = Path(f"{cell.run}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
     last = yaml.safe_load(read_text(cell.settings.ppo_config))["overall_steps"]
-
-    def is_trained() -> bool:
-        return last in [point.step for point in checkpoints_of(cell.run)]
-
-    def run(words: Sequence[str]) -> None:
-        if stop.is_set():
-            raise InputError(f"{cell.name}: stopped; the same command resumes it")
-        with log.open("a", encoding="utf-8") as console:
-            done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
-        if done.returncode:
-            raise InputError(f"{cell.name}: {words[0]} ended with {done.returncode}; its console is {log}")
-
     train, *rest = typed = commands(cell)
     made = made_with(cell)  # what the files say now, and not when the cell is done
-    if not is_trained():
-        run(train)
-        if not is_trained():  # a signal ends run_ppo.py with 0 after the step under way
+    for words in rest if is_trained(cell.run, last) else typed:
+        if stop.is_set():
+            raise InputError(f"{cell.name}: stopped; the same command resumes it")
+        run_command(words, cell.run, threads)
+        if words is train and not is_trained(cell.run, last):  # a signal ends run_ppo.py with 0 after the step under way
             raise InputError(f"{cell.name}: stopped while it trained; the same command resumes it")
-    for words in rest:
-        run(words)
     keep(cell, typed, made)
     print(f"{cell.name}: done, {cell.kept}", flush=True)
+
+
+def is_trained(run: str, last: int) -> bool:
+    return last in [point.step for point in checkpoints_of(run)]
+
+
+def run_command(words: Sequence[str], run: str, threads: int) -> None:
+    """Run a command of a run, by this Python, its console at the end of <run>.log. Raises InputError where it fails."""
+    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": str(threads)}
+    log = Path(f"{run}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as console:
+        done = subprocess.run(words, env=os.environ | places, stdout=console, stderr=console)
+    if done.returncode:
+        raise InputError(f"{Path(run).name}: {words[0]} ended with {done.returncode}; its console is {log}")
 
 
 def made_with(cell: Cell) -> dict[str, str]:
@@ -180,13 +180,12 @@ def _content(model: str) -> object:
     return weight_sample(model) if Path(model).is_dir() else model
 
 
-def read_kept(cell: Cell) -> dict:
-    """A finished cell. Raises InputError for one that was made with other settings or models than these, with which it is no mean."""
-    kept, now = read_json(cell.kept), made_with(cell)
-    for name, value in kept.get("made_with", {}).items():
+def require_own_results(cell: Cell) -> None:
+    """Raises InputError for a finished cell that was made with other settings or models than these, with which it is no mean."""
+    now = made_with(cell)
+    for name, value in read_json(cell.kept).get("made_with", {}).items():
         if value != now.get(name):
             raise InputError(f"{cell.kept}: made with another --{name} than {getattr(cell.settings, name)}, expected another --results_dir")
-    return kept
 
 
 def require_own_runs(cell: Cell) -> None:
@@ -326,10 +325,10 @@ def table(entries: Sequence[dict]) -> str:
             *(f"{entry['first'][name]:{form}} to {entry['last'][name]:{form}}"
               for name, form in (("tokens", ".0f"), ("repetition", ".2f"), ("eos_rate", ".2f"))),
         ])  # fmt: skip
-    return _markdown(lines)
+    return markdown(lines)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -368,7 +367,7 @@ def judge(settings: AblationSettings, cells: Sequence[Cell]) -> str:
         means = {name: [gains[cell.name][name].mean() for cell in seeds] for name in settings.judges}
         errors = {name: f" ({_standard_error(np.array(values)):.2f})" if len(values) > 1 else "" for name, values in means.items()}
         lines.append([design, "mean (SE over seeds)", *(f"{np.mean(values):+.2f}{errors[name]}" for name, values in means.items())])
-    text = _markdown(lines)
+    text = markdown(lines)
     results = Path(settings.results_dir)
     per_row = {cell: {name: gain.round(4).tolist() for name, gain in by_gold.items()} for cell, by_gold in gains.items()}
     write_json(results / "judged.json", {"gold_gains": per_row, "provenance": provenance(golds=list(map(model_identity, settings.judges)))})
@@ -411,10 +410,10 @@ def main() -> None:
     settings = parse_settings(AblationSettings, description=__doc__)
     cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
     left = [cell for cell in cells if not cell.kept.is_file()]
+    failures: list[InputError] = []
     for cell in cells:
         if cell not in left:
-            read_kept(cell)
-    failures: list[InputError] = []
+            require_own_results(cell)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
     if left and not settings.status:
         backbone = yaml.safe_load(read_text(settings.ppo_config))["model_name"]
@@ -424,8 +423,8 @@ def main() -> None:
         at_once = settings.side_by_side or cores
         for cell in left:
             require_own_runs(cell)
-        failures += run_cells(left, at_once, max(1, cores // at_once))
-    kept = [read_kept(cell) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
+        failures = run_cells(left, at_once, max(1, cores // at_once))
+    kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
     if kept:
         entries = summarise(kept)
         results = Path(settings.results_dir)

@@ -91,11 +91,14 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     record = read_json(folder / RECORD)
     if record["processes"] != processes:
         raise InputError(f"{folder}: made by {record['processes']} processes, expected the same number to resume, found {processes}")
-    before = _settings_then(record["settings"], settings)
+    # A setting that is younger than the checkpoint had its default.
+    defaults = {field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in fields(settings)}
+    before = defaults | record["settings"]
     bound = [name for name in IN_THE_STATE if before.get(name) != getattr(settings, name)]
     if bound:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
     source = settings.reward_source()
+    paths = {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
     code = [name for name in record["reward_source"] | source if record["reward_source"].get(name) != source.get(name)]
     changes = [f"the reward's code has changed since ({', '.join(code)})"] if code else []
     for name in ("dataset_path", "dev_prompt_path"):
@@ -104,33 +107,21 @@ def check_settings(folder: Path, settings, processes: int) -> None:
             changes.append(f"{path} has changed since")
     samples = {record.get("model"): record.get("base_sample", {}), **record.get("reward_samples", {})}
     for name in (settings.model_name, *settings.models):  # another name is told by the settings
-        if samples.get(name) and not is_same_sample(samples[name], weight_sample(name, settings.cache_dir or None)):
+        if samples.get(name) and not is_same_sample(samples[name], weight_sample(name)):
             changes.append(f"the weights of {name} are others now")
     template = settings.chat_template_name
     if record.get("template") == template and record.get("template_digest", "") not in ("", template_digest(template)):
         changes.append(f"the chat template '{template}' has changed since")
-    changes += changed_settings(record["settings"], settings)
-    if changes and not settings.allow_changed_settings:
-        raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
-    if changes:
-        print(f"{folder}: resumes although {'; '.join(changes)}")
-
-
-def changed_settings(recorded: Mapping, settings) -> list[str]:
-    """What differs between a run's recorded settings and these, in words, the harmless ones left out."""
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
-    before, paths = _settings_then(recorded, settings), {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
-    return [
+    changes += [
         f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
         if name not in harmless and not _is_same(before.get(name), value, name in paths)
     ]
-
-
-def _settings_then(recorded: Mapping, settings) -> dict:
-    """Recorded settings; one that is younger than the record had its default."""
-    defaults = {field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in fields(settings)}
-    return defaults | dict(recorded)
+    if changes and not settings.allow_changed_settings:
+        raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
+    if changes:
+        print(f"{folder}: resumes although {'; '.join(changes)}")
 
 
 def _is_same(recorded: object, value: object, is_path: bool) -> bool:

@@ -23,7 +23,7 @@ _MOST_APART = 0.125  # share of the numbers: of those of a copy in float16 some 
 
 
 @functools.cache
-def weight_sample(name_or_path: str, cache_dir: str | None = None) -> dict[str, list[float]]:
+def weight_sample(name_or_path: str) -> dict[str, list[float]]:
     """The first numbers of some of a model's layers' matrices, which ones depending on their names alone.
 
     Returns:
@@ -38,7 +38,7 @@ def weight_sample(name_or_path: str, cache_dir: str | None = None) -> dict[str, 
     found: dict[str, list[tuple[str, Path]]] = {}
     sample = {}
     with loading(name_or_path, "safetensors"):
-        for file in _files(name_or_path, cache_dir):
+        for file in _files(name_or_path):
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a mapping
                     part = weights.get_slice(name)
@@ -52,7 +52,7 @@ def weight_sample(name_or_path: str, cache_dir: str | None = None) -> dict[str, 
     return sample
 
 
-def _files(name_or_path: str, cache_dir: str | None) -> list[Path]:
+def _files(name_or_path: str) -> list[Path]:
     """The safetensors of a folder (an adapter's own) or of a hub's model, which is downloaded; none where there are none."""
     from transformers.utils import cached_file
 
@@ -61,7 +61,7 @@ def _files(name_or_path: str, cache_dir: str | None) -> list[Path]:
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
         try:
-            found = cached_file(name_or_path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
         except OSError:  # no such model, or no way to a hub: whoever loads it says so
             return None
         return Path(found) if found else None
@@ -82,8 +82,8 @@ def is_same_sample(one: Mapping[str, Sequence[float]], other: Mapping[str, Seque
     return sum(first != second for first, second in pairs) <= _MOST_APART * len(pairs)
 
 
-def require_base(folder: Path, record: Mapping, base: str, cache_dir: str | None = None) -> None:
+def require_base(folder: Path, record: Mapping, base: str) -> None:
     """Raises InputError where the record of an adapter in `folder` tells that it was trained on another model than `base`."""
     recorded = record.get("base_sample") or {}
-    if recorded and not is_same_sample(recorded, weight_sample(base, cache_dir)):
+    if recorded and not is_same_sample(recorded, weight_sample(base)):
         raise InputError(f"{folder}: trained on {record.get('model')}, whose weights were others than those of {base}")

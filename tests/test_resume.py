@@ -171,7 +171,7 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
     now = settings(reward_model_name="r")
     with monkeypatch.context() as patched:
-        patched.setattr("parts.ppo_checkpoints.weight_sample", lambda name, _: {"0.q.weight": [1.0], "0.k.weight": [2.0]})
+        patched.setattr("parts.ppo_checkpoints.weight_sample", lambda name: {"0.q.weight": [1.0], "0.k.weight": [2.0]})
         said = "the weights of r are others now; the chat template 'alpaca' has changed since; reward_model_name was"
         with pytest.raises(InputError) as refused:
             check_settings(tmp_path, now, 1)
