@@ -4,13 +4,13 @@
     accelerate launch --num_processes 8 --config_file configs/zero2-bf16.yaml train_sft.py ...     # GPUs, DeepSpeed ZeRO-2
     accelerate launch --config_file configs/zero2-bf16-cpu.yaml train_sft.py ...                   # two processes on a CPU
 
-A backbone with short answers, for the demo on a CPU (two and a half minutes on one core with bf16 instructions):
+The adapter of the demo's backbone, which answers shortly (some minutes on a CPU with bf16 instructions; assets/demo_backbone is one):
 
     python train_sft.py --config configs/demo_sft.yaml
 
 Each row is a prompt in the template and its answer, which ends with the tokenizer's end of sequence. The loss is the mean cross-entropy
-over the answers' tokens; the prompts' tokens are read and not learnt. LoRA on all linear layers is trained and then added to the weights;
-with --lora_r=0 all weights are trained.
+over the answers' tokens; the prompts' tokens are read and not learnt. LoRA on all linear layers is trained and then added to the weights
+(--merge=false keeps it alone); with --lora_r=0 all weights are trained.
 
 --answer_words=N: of each answer only the first whole sentences are learnt, as many as fit into N words. Rows whose first sentence is
 longer are left out. A model that learns them ends its answers after a sentence or two: PPO on it is quick, and answers have room to grow.
@@ -40,8 +40,9 @@ from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_
 from parts.locks import hold
 from parts.models import check_whole_model, load_causal_lm, loading, model_identity, use_cache
 from parts.processes import is_first_process
-from parts.runs import RECORD, begin_training, provenance, resumable_training
+from parts.runs import ADAPTER, ADAPTER_WEIGHTS, RECORD, begin_training, provenance, resumable_training
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
+from parts.weight_samples import weight_sample
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,10 @@ class SFTSettings(Settings):
     lora_r: int = setting(8, "LoRA rank, on all linear layers; 0 means that all weights are trained", least=0, expected="0 or more")
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r", least=1)
     lora_dropout: float = setting(0.0, "LoRA dropout")
+    merge: bool = setting(
+        True,
+        "add LoRA to the base model's weights; false keeps the adapter alone, rounded to bf16 after bf16 training, for merge_adapter.py",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +113,8 @@ class SFTSettings(Settings):
                 raise InputError(f"--{name} is {getattr(self, name)}, expected 0 or more and less than 1")
         if self.heldout_share >= 1:
             raise InputError(f"--heldout_share is {self.heldout_share}, expected more than 0 and less than 1")
+        if not self.merge and not self.lora_r:
+            raise InputError("--merge is false and --lora_r is 0, expected LoRA to keep alone")
         self.learning_rate = self.learning_rate or (2e-4 if self.lora_r else 2e-5)
 
 
@@ -284,7 +291,7 @@ def make_trainer(
 
 CARD = """# {settings.model_name}, fine-tuned on answers
 
-Trained by `train_sft.py` of this project: `AutoModelForCausalLM.from_pretrained` reads this folder, and every stage takes it as
+Trained by `train_sft.py` of this project: {use} as
 `--model_name`, with `--chat_template_name={settings.chat_template_name}`. Settings, seed, commit and package versions: `training_record.json`.
 
 **Data and licence.** {settings.dataset_path}: {note}. The base model's licence applies too.
@@ -300,18 +307,34 @@ Trained by `train_sft.py` of this project: `AutoModelForCausalLM.from_pretrained
 def card(settings: SFTSettings, facts: dict) -> str:
     """The model card."""
     words = f", of which the first whole sentences are learnt, {settings.answer_words} words at most" if settings.answer_words else ""
-    method = f"LoRA of rank {settings.lora_r} on all linear layers, added to the weights" if settings.lora_r else "all weights"
-    return CARD.format(
-        settings=settings, note=settings.data_note, command=shlex.join(["python", *sys.argv]), words=words, method=method, **facts
+    lora = f"LoRA of rank {settings.lora_r} on all linear layers"
+    method = (f"{lora}, added to the weights" if settings.merge else lora) if settings.lora_r else "all weights"
+    whole, alone = (
+        "`AutoModelForCausalLM.from_pretrained` reads this folder",
+        "an adapter, of which `merge_adapter.py` makes a model folder",
     )
+    use = f"{whole}, and every stage takes it" if settings.merge else f"{alone} that every stage takes"
+    command = shlex.join(["python", *sys.argv])
+    return CARD.format(settings=settings, use=use, note=settings.data_note, command=command, words=words, method=method, **facts)
 
 
 def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, record: dict, text: str) -> None:
-    """Write the model folder, LoRA added to the base model's own weights, in the base model's own precision."""
+    """Write the folder: the model, LoRA added to the base model's own weights, in the base model's own precision; or the adapter alone."""
     import torch
     from peft import PeftModel
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not settings.merge:
+        matrices = load_file(trained / ADAPTER_WEIGHTS)
+        if record["dtype"] == "bf16":
+            matrices = {name: matrix.bfloat16() for name, matrix in matrices.items()}
+        with atomic_path(settings.output_dir) as temporary:
+            temporary.mkdir()
+            shutil.copy(trained / ADAPTER, temporary)
+            save_file(matrices, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            _describe(temporary, {**record, "base_sample": weight_sample(settings.model_name)}, text)
+        return
     base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     dtype = base.dtype or torch.float32
     if settings.lora_r:
@@ -323,8 +346,13 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, record)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
+        _describe(temporary, record, text)
+
+
+def _describe(folder: Path, record: dict, text: str) -> None:
+    """Write a folder's record and its card."""
+    write_json(folder / RECORD, record)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------------- main

@@ -52,7 +52,7 @@ from parts.rank_statistics import together
 from parts.rows import read_rows
 from parts.runs import checkpoints_of, meta_path, provenance
 from parts.scores import ScoreStore, gold_columns
-from parts.weight_samples import weight_sample
+from parts.weight_samples import is_same_sample, weight_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
@@ -182,10 +182,13 @@ def _content(model: str) -> object:
 
 def require_own_results(cell: Cell) -> None:
     """Raises InputError for a finished cell that was made with other settings or models than these, with which it is no mean."""
-    now = made_with(cell)
-    for name, value in read_json(cell.kept).get("made_with", {}).items():
+    kept, now = read_json(cell.kept), made_with(cell)
+    for name, value in kept.get("made_with", {}).items():
         if value != now.get(name):
             raise InputError(f"{cell.kept}: made with another --{name} than {getattr(cell.settings, name)}, expected another --results_dir")
+    policy = yaml.safe_load(read_text(cell.settings.ppo_config))["model_name"]
+    if Path(policy).is_dir() and not is_same_sample(kept.get("policy_sample", {}), weight_sample(policy)):
+        raise InputError(f"{cell.kept}: trained from another model than {policy} is now, expected another --results_dir")
 
 
 def require_own_runs(cell: Cell) -> None:
@@ -234,7 +237,6 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]], made: dict[str, str]) -> No
         for step, point in points.items()
     }
     metas = {step: read_json(meta_path(point.rollouts)) for step, point in points.items()}
-    policy = Path(metas[0]["model"]) / "model.safetensors"
     ends = (points[min(points)], points[max(points)])
     with atomic_path(kept_texts(cell)) as temporary:
         texts = {point.step: [row["output"] for row in point.rows] for point in ends}
@@ -243,7 +245,7 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]], made: dict[str, str]) -> No
         "made_with": made,
         "training_commit": ends[1].record["commit"],
         "cell": {"design": cell.design, "seed": cell.seed, "commands": [shlex.join(words) for words in typed]},
-        "policy_digest": file_digest(policy) if policy.is_file() else None,
+        "policy_sample": weight_sample(metas[0]["model"]),
         "constrained_rouge_l": overlaps,
         "eos_rate": {step: meta["eos_rate"] for step, meta in metas.items()},
     }
@@ -418,7 +420,7 @@ def main() -> None:
     if left and not settings.status:
         backbone = yaml.safe_load(read_text(settings.ppo_config))["model_name"]
         if not Path(backbone).is_dir():
-            raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; train_sft.py makes it, as examples/demo.sh does")
+            raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; `make outputs/demo_backbone` makes the demo's")
         cores = len(os.sched_getaffinity(0))
         at_once = settings.side_by_side or cores
         for cell in left:

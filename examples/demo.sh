@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One question on the embedded models: does gold follow a proxy that rewards length alone, and does it follow the full design?
-# Run by `make demo`; needs nothing but what `make setup` installs and unpacks. SEED=7 bash examples/demo.sh is another run.
+# Run by `make demo`; needs nothing but what `make setup outputs/demo_backbone` makes. SEED=7 bash examples/demo.sh is another run.
 set -euo pipefail
 trap 'exit 130' INT  # run_ppo.py ends with 0 when it is stopped, and the next stage is not to begin then
 seed=${SEED:-42}
@@ -9,16 +9,12 @@ backbone=outputs/demo_backbone
 half=false dtype=float32
 if grep -qs avx512_bf16 /proc/cpuinfo; then half=true dtype=bfloat16; fi  # twice as fast where the CPU has it, slower elsewhere
 
-# A backbone that answers in a sentence or two, so that length has room to grow.
-python train_sft.py --config configs/demo_sft.yaml --output_dir="$backbone" --bf16=$half --overwrite=true
-
 # Best-of-n: the proxy tried on the backbone itself. Each design picks one of n responses, and gold judges the pick.
-python evaluation.py --base_model_name="$backbone" --output_dir="$output" --data_path=data/eval.json --num_samples=16 --temperature=1 \
+python evaluation.py --base_model_name="$backbone" --output_dir="$output" --data_path=data/eval.json --num_samples=8 --temperature=1 \
   --max_new_tokens=96 --batch_size=96 --dtype=$dtype --overwrite=true
 best_of_n=("$output/$(basename "$backbone")/samples-$(basename "$backbone").jsonl" --gold_model=assets/demo_gold_rm --gold_dtype=$dtype
   --relevance_model_name=models/all-MiniLM-L6-v2 --output_max_length=96 --batch_size=32 --output_dir="$output"
   --designs LI "LI * RP" "LI * RP * relevance" "LI * RP * relevance, branching")
-python eval_monotonicity.py --best_of_n "${best_of_n[@]}"
 
 # PPO from it, twice: the same prompts, seed and settings, another reward. Each run has half of the cores.
 export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
@@ -31,6 +27,7 @@ train length --repetition_penalty=false --relevance_scaling=false --reward_branc
 length=$!
 echo "length alone trains beside the full design; its console is $output/length.log"
 train full
+python eval_monotonicity.py --best_of_n "${best_of_n[@]}"  # now, while length alone trains on: its responses are longer
 wait "$length" || { tail -n 20 "$output/length.log"; exit 1; }
 unset OMP_NUM_THREADS
 

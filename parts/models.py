@@ -43,7 +43,7 @@ def check_model_name(name_or_path: str) -> None:
     elif path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name_or_path}: no config.json in this folder, expected a model or an adapter")
     elif not path.is_dir() and (name_or_path.startswith(LOCAL_PREFIXES) or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path)):
-        hints = {"models/": "python -m parts.bundled_models", "outputs/demo_backbone": "python train_sft.py --config configs/demo_sft.yaml"}
+        hints = {"models/": "python -m parts.bundled_models", "outputs/demo_backbone": "make outputs/demo_backbone"}
         hint = next((f"; `{command}` makes it" for start, command in hints.items() if name_or_path.startswith(start)), "")
         raise InputError(f"{name_or_path}: no such folder, expected a model's folder or its hub name{hint}")
 

@@ -35,6 +35,7 @@ from parts.rows import read_rows
 
 RECORD = "training_record.json"
 ADAPTER = "adapter_config.json"  # what makes a folder a PEFT adapter's
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "sentence-transformers", "datasets", "huggingface_hub", "openai",
     "scikit-learn", "nltk", "numpy", "scipy",

@@ -89,6 +89,11 @@ def test_a_cell_from_ppo_to_what_is_kept(tiny_model, tiny_gold, rows_file, eval_
     refused = run_script(*words, "--bf16=true")
     said = f"error: {tmp_path}/kept/LI-RP-5.json: made with another --bf16 than True, expected another --results_dir\n"
     assert refused.returncode == 2 and refused.stderr == said
+    kept["policy_sample"] = {name: [value + 1 for value in values] for name, values in kept["policy_sample"].items()}
+    (tmp_path / "kept" / "LI-RP-5.json").write_text(json.dumps(kept), encoding="utf-8")
+    refused = run_script(*words)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(f"LI-RP-5.json: trained from another model than {tiny_model} is now, expected another --results_dir\n")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**config, "learning_rate": 0.5}), encoding="utf-8")
     refused = run_script(*words, f"--results_dir={tmp_path / 'elsewhere'}")
     assert refused.returncode == 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, ROWS, run_script
+from safetensors.torch import load_file, save_file
 from test_processes import launcher
 
 from parts.chat_templates import load_template
@@ -177,6 +178,35 @@ def test_the_losses_and_the_merged_folder_are_those_of_model_and_adapter(tiny_mo
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_kept_alone_is_that_of_the_merged_model(tiny_model, rows_file, tmp_path):
+    """--merge=false and merge_adapter.py make the folder of --merge=true; after bf16 training, as near as LoRA in bf16 is."""
+    for kind, tolerance in (("false", 1e-5), ("true", 0.02)):
+        whole, alone, merged = (tmp_path / f"{name}-{kind}" for name in ("whole", "alone", "merged"))
+        for output, merge in ((whole, "true"), (alone, "false")):
+            done = run_script(*words(tiny_model, rows_file, output, lora_r=4, bf16=kind, merge=merge))
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert sorted(file.name for file in alone.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "training_record.json",
+        ]
+        matrices = load_file(alone / "adapter_model.safetensors").values()
+        assert {matrix.dtype for matrix in matrices} == {torch.bfloat16 if kind == "true" else torch.float32}
+        assert "an adapter, of which `merge_adapter.py` makes a model folder" in (alone / "README.md").read_text(encoding="utf-8")
+        done = run_script("merge_adapter.py", alone, f"--output_dir={merged}")
+        assert done.returncode == 0 and done.stdout.endswith(f"{merged}\n"), done.stderr
+        assert load_tokenizer(str(merged)).chat_template == load_tokenizer(str(tiny_model)).chat_template
+        moved = (logits(whole) - logits(tiny_model)).abs().max()
+        assert (logits(merged) - logits(whole)).abs().max() <= tolerance * moved
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    done = run_script("merge_adapter.py", alone, f"--output_dir={tmp_path}/x", f"--base_model_name={other}")
+    assert done.returncode == 2 and f"trained on {tiny_model}, whose weights were others than those of {other}" in done.stderr
+
+
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_resumed_training_equals_an_uninterrupted_one(tiny_model, rows_file, tmp_path, rank):
     settings = {"lora_r": rank, "lora_dropout": 0.1, "epochs": 40, "save_steps": 10, "batch_size": 1, "gradient_accumulation_steps": 2}
@@ -222,8 +252,6 @@ def test_two_processes_train_one_model(tiny_model, rows_file, tmp_path, launch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny_model, rows_file, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -274,3 +302,4 @@ def test_bad_input_is_one_line(tiny_model, rows_file, tmp_path):
         refused(message, model=model)
     refused("is the model to train, expected another folder", model=tiny_model, output_dir=tiny_model)
     refused("--lora_r is -1, expected 0 or more", lora_r=-1)
+    refused("--merge is false and --lora_r is 0, expected LoRA to keep alone", lora_r=0, merge="false")
