@@ -239,6 +239,24 @@ def warn_of_other_draws(runs: Sequence[Run]) -> None:
             print(f"warning: the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
 
 
+def run_to_choose_by(runs: Sequence[Run]) -> Run:
+    """The run by whose encoder and length all designs choose among samples, whose policy has no record of either.
+
+    Raises:
+        InputError: runs with several encoders or lengths.
+    """
+    proxies = [run for run in runs if run.proxy.is_proxy] or list(runs[:1])
+    encoding = [run for run in proxies if run.proxy.needs_encoder] or proxies
+    for name, group, values in (
+        ("relevance_model_name", encoding, [run.proxy.relevance_model_name for run in encoding]),
+        ("output_max_length", proxies, [run.output_max_length for run in proxies]),
+    ):
+        for run, value in zip(group, values):
+            if value != values[0]:
+                raise InputError(f"--best_of_n: {name} is {values[0]} in {group[0].name} and {value} in {run.name}, expected one for all")
+    return encoding[0]
+
+
 def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
     """One row of dataset columns per rollout row: the rollout's own where the proxy reads nothing else and no file is named.
 
@@ -246,7 +264,7 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
         InputError: qtypes or references are needed and their file is unknown, unusable, or lacks an instruction.
     """
     rows = checkpoints[0].rows
-    needed = "output" in proxy.dataset_fields or proxy.reward_function
+    needed = set(proxy.dataset_fields) - {"qtype"} or proxy.reward_function
     path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
     if path:
         return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(checkpoints[0].rollouts))
@@ -354,6 +372,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     require_readers(runs, typed)
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
+    chooser = run_to_choose_by(runs) if settings.best_of_n else None
     output = Path(settings.output_dir)
     folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
     folders = [folder, *(output / f"{run.name}_monotonicity" for run in runs)]
@@ -369,13 +388,11 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     def judge(gold: LazyGold) -> None:
         models[golds[gold.name]], dtypes[gold.name] = score_gold(gold, runs), gold.dtype
 
-    if settings.best_of_n:
-        # Designs choose among samples by the runs' encoder and length: the samples' policy has no record of either.
-        like = next((run for run in runs if run.proxy.is_proxy), runs[0])
-        settings.output_max_length = like.output_max_length
+    if chooser:
+        settings.output_max_length = chooser.output_max_length
 
         def read(trained: Mapping) -> RewardSettings:
-            return read_proxy(settings, typed, like.trained if like.proxy.is_proxy else trained)
+            return read_proxy(settings, typed, chooser.trained if chooser.proxy.is_proxy else trained)
 
         curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:

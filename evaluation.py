@@ -265,9 +265,18 @@ def plan(
             if evaluation == "alpaca" and settings.num_samples > 1:
                 count = settings.num_samples
                 files = {samples_path(checkpoint.folder): digest({**facts, "samples": count}), **files}
-            stream = "" if settings.common_draws else checkpoint.name
-            jobs.append(Job(checkpoint, evaluation, files, template, prompts[evaluation, template.name], decoding, stream, ends, count))
+            stream, own = "" if settings.common_draws else checkpoint.name, prompts[evaluation, template.name]
+            columns = {file: columns_of(evaluation, data, instances, file == samples_path(checkpoint.folder)) for file in files}
+            jobs.append(Job(checkpoint, evaluation, files, columns, template, own, decoding, stream, ends, count))
     return jobs
+
+
+def columns_of(evaluation: str, data: Sequence[dict], instances: Sequence[Instance], of_samples: bool) -> str:
+    """A digest of what an evaluation's file, or its file of several samples a row, holds besides its responses."""
+    if evaluation == "superni":
+        return digest(list(map(asdict, instances)))
+    empty = [""] * len(data)
+    return digest(sample_rows(data, empty, empty, "") if of_samples else alpaca_rows(data, empty, ""))
 
 
 def digest_weights(checkpoint: Checkpoint) -> list[str]:
@@ -294,7 +303,7 @@ def load_engine(
     from parts.vllm_engines import VLLMEngine
 
     if settings.engine == "vllm":
-        longest = 2048 + max(job.decoding.max_new_tokens for job in jobs)
+        longest = max(max(map(len, job.prompts)) + job.decoding.max_new_tokens for job in jobs)
         adapters = dict.fromkeys(job.checkpoint.adapter for job in jobs if job.checkpoint.adapter)
         return VLLMEngine(settings.base_model_name, tokenizer, list(adapters), longest, settings.dtype)
     own = f"cuda:{processes.local_process_index}" if device == "cuda" else device
@@ -340,6 +349,7 @@ class Writer:
             eos_rate=statistics.fmean(finished),
             response_tokens=statistics.fmean(map(len, responses)),
             fingerprint=job.files[file],
+            columns=job.columns[file],
             settings=asdict(settings),
         )
         if job.evaluation == "alpaca":
@@ -450,7 +460,7 @@ def main() -> None:
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
     hold(*(job.target for job in waiting))
     waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one
-    for point in dict.fromkeys(job.checkpoint for job in waiting if not job.checkpoint.is_whole):
+    for point in dict.fromkeys(job.checkpoint for job in waiting if job.checkpoint.adapter and not job.checkpoint.is_whole):
         require_base(point.folder, point.record, settings.base_model_name)
 
     # 3. One engine for all checkpoints; their rollouts and files, one after the other.

@@ -14,8 +14,10 @@ import parts  # noqa: F401 - first, so that a signal is one line from here on
 # isort: split
 
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parts.adapters import put_on
 from parts.cli import Settings, parse_settings, setting
@@ -25,6 +27,9 @@ from parts.locks import hold
 from parts.models import adapter_base, check_model_name, loading, model_identity, use_cache
 from parts.runs import RECORD, Checkpoint, find_adapters, provenance
 from parts.weight_samples import require_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -58,6 +63,16 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
     return adapters[0], base
 
 
+def require_untied(model: PeftModel, name: str) -> None:
+    """Raises InputError for an adapter on a weight that two modules share, as a tied head does: the other would be changed too."""
+    from peft.tuners.lora import LoraLayer
+
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None)
+    for place, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+            raise InputError(f"{name}: it is on {place}, whose weight another module shares, expected one that can be merged alone")
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(MergeSettings, description=__doc__)
@@ -79,6 +94,7 @@ def main() -> None:
         dtype = AutoConfig.from_pretrained(base, cache_dir=cache).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(base, cache_dir=cache, dtype=dtype)
     model = put_on(model, adapter.folder, base)
+    require_untied(model, str(adapter.folder))
     with loading(str(adapter.folder), f"an adapter of {base}"):
         model = model.merge_and_unload(safe_merge=True)
     tokenizer_name = (

@@ -337,7 +337,7 @@ class ReversedEngineeredRewardForInference:
         """Whether a feature is computed, row by row."""
         is_on = feature in self.settings.on
         for_all = feature.always_shown and not feature.columns  # it reads the response alone
-        for_all |= is_on and every_feature and all(column in batch for column in feature.columns)
+        for_all |= is_on and every_feature and all(None not in batch.get(column, [None]) for column in feature.columns)
         return [for_all or (is_on and kind in feature.rows) for kind in kinds]
 
     def _read_texts(self, masks: Mapping[Feature, list[bool]], batch: Mapping[str, Sequence], table: dict[str, list]) -> None:

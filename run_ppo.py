@@ -27,6 +27,7 @@ import parts  # noqa: F401 - first, so that a signal is one line from here on
 import functools
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,7 +118,7 @@ class PPOSettings(RewardSettings):
     value_learning_rate: float = setting(0.0, "learning rate of the value head; 0 means learning_rate", least=0)
     value_warmup_steps: int = setting(0, "train the value head alone for the first so many of overall_steps", least=0)
     use_optimizer_setup: bool = setting(False, "AdamW with linear warm-up and decay, in place of Adam with a constant rate")
-    warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup")
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up, with use_optimizer_setup", least=0)
     bf16: bool = setting(
         False,
         "base weights and their arithmetic in bf16, LoRA and value head in fp32; not for DeepSpeed, whose launch file sets its own precision",
@@ -130,16 +131,16 @@ class PPOSettings(RewardSettings):
     load_in_8bit: bool = setting(False, "base weights in 8 bits under LoRA (bitsandbytes)")
     load_in_4bit: bool = setting(False, "base weights in 4 bits under LoRA (bitsandbytes, nf4)")
     lora_r: int = setting(8, "LoRA rank", least=1)
-    lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r")
+    lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r", least=1)
     lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
-    init_kl_coef: float = setting(0.2, "KL coefficient at the start", group=("KL", "How far the policy may leave its start."))
+    init_kl_coef: float = setting(0.2, "KL coefficient at the start", least=0, group=("KL", "How far the policy may leave its start."))
     adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach adap_kl_target")
     adap_kl_target: float = setting(6.0, "KL in nats per response that the adaptive coefficient aims at", above=0)
     adap_kl_horizon: float = setting(10000.0, "samples over which it adapts", above=0)
     early_stopping: bool = setting(False, "leave a step's remaining epochs once the policy moved beyond 1.5 * target_kl")
-    target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping")
+    target_kl: float = setting(1.0, "KL per token between old and new policy, for early_stopping", above=0)
 
     reward_baseline: float = setting(0.0, "subtracted from every reward; it moves logs alone, since training takes the running mean away")
     score_norm_by_qtype: bool = setting(
@@ -154,8 +155,10 @@ class PPOSettings(RewardSettings):
             raise InputError(
                 f"--batch_size is {self.batch_size}, expected a multiple of mini_batch_size * gradient_accumulation_steps = {optimizer_batch}"
             )
-        if self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            raise InputError("--batch_size is 1 on one process, expected at least 2: rewards are normalised by their deviation")
+        if self.batch_size < 2:
+            raise InputError("--batch_size is 1, expected at least 2: a process normalises rewards and advantages by their deviation")
+        if self.warmup_ratio >= 1:
+            raise InputError(f"--warmup_ratio is {self.warmup_ratio}, expected less than 1")
         if self.value_warmup_steps >= self.overall_steps:
             raise InputError(f"--value_warmup_steps is {self.value_warmup_steps}, expected fewer than overall_steps = {self.overall_steps}")
         check_bits(self.load_in_8bit, self.load_in_4bit)
@@ -253,6 +256,7 @@ def start_or_resume(
     settings: PPOSettings,
     template: ChatTemplate,
     decoding: Decoding,
+    facts: Mapping,
     log: MetricsLog,
 ) -> Moments:
     """Make room for the run, then evaluate the untrained policy and save it as step 0, or load the checkpoint that `begin` names.
@@ -274,7 +278,7 @@ def start_or_resume(
     if begin.folder is None:
         dev_rows, start = evaluate(trainer, reward, dev_prompts, settings, template, decoding)
         dev_means = development_metrics(start)
-        record = ppo_state.run_record(trainer, 0, settings, decoding, start, dev_means)
+        record = ppo_state.run_record(trainer, 0, settings, facts, decoding, start, dev_means)
         ppo_state.save(trainer, f"{settings.output_dir}_step_0", record, dev_rows)
         say(f"step 0: development {describe(dev_means)}")
     else:
@@ -305,13 +309,16 @@ def main() -> None:
 
     # 2. Data.
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
-    facts = read_facts(settings.model_name, tokenizer, settings.cache_dir or None)
+    model = read_facts(settings.model_name, tokenizer, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
+    facts = ppo_state.run_facts(settings, template)
+    if begin.folder:
+        ppo_checkpoints.check_template(begin.folder, settings, template)
     limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
     read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
     prompts = read(settings.dataset_path, against=[settings.dev_prompt_path])
     dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
-    facts.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")
+    model.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")
 
     # 3. Policy, reference (the policy with its adapter disabled, or a copy), value head, optimizer: TRL's trainer. Then the reward.
     import torch
@@ -322,7 +329,7 @@ def main() -> None:
     from parts.sampling import Decoding, end_tokens
 
     trainer = make_trainer(settings, tokenizer)
-    trainer.ends = end_tokens(tokenizer, facts.generation, template)
+    trainer.ends = end_tokens(tokenizer, model.generation, template)
     accelerator = trainer.accelerator
     engine = load_engine(settings, trainer)
     reward = settings.load_reward(template, settings.output_max_length, str(accelerator.device), settings.cache_dir or None)
@@ -337,7 +344,7 @@ def main() -> None:
     say = accelerator.on_main_process(tqdm.write)
     say(f"process {os.getpid()}: Ctrl-C or SIGTERM to it stops the run after the step that is under way")
     stop = StopRequest()
-    start = start_or_resume(begin, trainer, reward, dev_prompts, settings, template, decoding, log)
+    start = start_or_resume(begin, trainer, reward, dev_prompts, settings, template, decoding, facts, log)
     bar = tqdm(total=settings.overall_steps, initial=begin.step, desc="PPO", unit="step", disable=not accelerator.is_main_process)
 
     data = batches(prompts, settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes)
@@ -387,7 +394,8 @@ def main() -> None:
         # 9. Checkpoint, where one is due.
         if scheduled:
             folder = f"{settings.output_dir}_step_{step}"
-            ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, dev_means), dev_rows)
+            record = ppo_state.run_record(trainer, step, settings, facts, decoding, start, dev_means)
+            ppo_state.save(trainer, folder, record, dev_rows)
             accelerator.on_main_process(ppo_checkpoints.prune)(settings.output_dir, settings.save_total_limit)
             say(f"step {step}: development {describe(dev_means)}; saved {folder}")
 
@@ -395,7 +403,7 @@ def main() -> None:
         if not last and stop.agreed():
             if not scheduled:
                 folder = str(interrupted_path(settings.output_dir))
-                ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, decoding, start, {}), None)
+                ppo_state.save(trainer, folder, ppo_state.run_record(trainer, step, settings, facts, decoding, start, {}), None)
             say(f"stopped after step {step}; the same command with --resume_from_checkpoint=auto resumes from {folder}")
             break
     bar.close()

@@ -130,7 +130,8 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
         layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
         modules_to_save=["score"],
     )
-    return _in_fp32(get_peft_model(model, lora)), tokenizer
+    with loading(settings.model_name, "a language model to put LoRA on"):
+        return _in_fp32(get_peft_model(model, lora)), tokenizer
 
 
 def _in_fp32(model: PeftModel) -> PeftModel:
@@ -150,10 +151,11 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     from parts.conversations import encode_conversation
 
     rng = random.Random(settings.seed)
+    most_tokens = min(tokenizer.model_max_length, sys.maxsize)  # a tokenizer that states no limit has 1e30
 
     @cache
     def encode(instruction: str, text: str) -> list[int]:
-        return encode_conversation(tokenizer, instruction, text, tokenizer.model_max_length)
+        return encode_conversation(tokenizer, instruction, text, most_tokens)
 
     unfit = {"longer than max_length": 0, "of equal answers": 0}
 
@@ -216,6 +218,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process trains on one GPU: the Trainer would spread its batches over all it sees
     trainer = BradleyTerryTrainer(
         forward_tokens=settings.forward_tokens,
         model=model,
@@ -286,6 +289,15 @@ def earlier_training(settings: GoldTrainingSettings) -> dict:
     return record
 
 
+def require_unseen(settings: GoldTrainingSettings) -> None:
+    """Raises InputError where the adapter to measure, by its record, was trained on prompts or systems that are to be held out now."""
+    folder, trained = settings.output_dir, Checkpoint(Path(settings.output_dir)).trained
+    if (share := trained.get("heldout_share", 1)) < settings.heldout_share:
+        raise InputError(f"--heldout_share is {settings.heldout_share}, expected {share} at most, with which {folder} was trained")
+    if "heldout_systems" in trained and (seen := sorted(set(settings.heldout_systems) - set(trained["heldout_systems"]))):
+        raise InputError(f"--heldout_systems holds {seen[0]!r}, which {folder} was trained on, expected some that it was not")
+
+
 def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on, without those of held-out systems, and pairs of held-out prompts.
 
@@ -322,6 +334,7 @@ def main() -> None:
     pairs = read_pairs(settings.preferences)
     if settings.evaluate_only:
         check_model_name(settings.output_dir)
+        require_unseen(settings)
     else:
         check_whole_model(settings.model_name, "--model_name")
     earlier = earlier_training(settings) if settings.start_from else None

@@ -173,6 +173,7 @@ def training_arguments(settings: SFTSettings, unfinished: Path) -> TrainingArgum
     )
     if deepspeed:  # said only now: the Trainer takes bf16 for a matter of GPUs, and compares its own word with DeepSpeed's
         arguments.bf16 = arguments.mixed_precision == "bf16"
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process trains on one GPU: the Trainer would spread its batches over all it sees
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != launched:
         raise RuntimeError(f"{arguments.world_size} processes came together, expected {launched} as launched")
@@ -367,7 +368,7 @@ def main() -> None:
     check_base_model(settings)
     from transformers import AutoTokenizer
 
-    from parts.chat_templates import load_template
+    from parts.chat_templates import load_template, template_digest
 
     with loading(settings.model_name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
@@ -390,7 +391,7 @@ def main() -> None:
     files = {name: file_digest(path) for name in ("dataset_path", "heldout_path") if (path := getattr(settings, name))}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS | {"model_name", *files}}
-    fingerprint = digest([chosen, model_identity(settings.model_name), files, processes])
+    fingerprint = digest([chosen, model_identity(settings.model_name), template_digest(template), files, processes])
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
     if output.exists() and not settings.overwrite:
         if not (output / RECORD).is_file() or read_json(output / RECORD).get("fingerprint") != fingerprint:
@@ -414,6 +415,8 @@ def main() -> None:
 
     # 4. Training; the Trainer's bar shows the rate and the time left.
     trainer.train(resume_from_checkpoint=resumed)
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
+        trainer.evaluate()  # the run was killed between its last checkpoint, which resumes, and this measurement
     trained = unfinished / "trained"
     trainer.save_model(str(trained))
 

@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, file_digest, read_csv, read_json, read_text, write_json
-from parts.rows import QTYPES, Problem, one_prompt, read_rows, say_once, without_other_turns
+from parts.rows import QTYPES, Problem, lone_surrogate, one_prompt, read_rows, say_once, without_other_turns
 from parts.runs import provenance
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
@@ -115,16 +115,17 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
     """
     kind = table_kind(path.name)
     if kind == ".parquet":
-        return whole_prompts(_parquet_rows(path, columns), path)
-    if kind == ".csv":
+        rows = _parquet_rows(path, columns)
+    elif kind == ".csv":
         rows = read_csv(path)
     elif kind == ".json" and read_text(path).lstrip().startswith("{"):
         rows = _json_lines(path)
     else:
         rows = read_rows(path, {})
+    rows = whole_prompts(rows, path)
     for number, row in enumerate(rows, start=1):
         _require_columns(row, columns, f"{path}: row {number}")
-    return whole_prompts(rows, path)
+    return rows
 
 
 def whole_prompts(rows: Sequence[dict], path: Path) -> list[dict]:
@@ -159,6 +160,8 @@ def _json_lines(path: Path) -> list[dict]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}: line {number}: broken JSON ({error.msg} at column {error.colno})") from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise InputError(f"{path}: line {number}: broken JSON ({error})") from None
             if not isinstance(rows[-1], dict):
                 raise InputError(f"{path}: line {number}: expected an object, found {type(rows[-1]).__name__}")
     return rows
@@ -170,9 +173,10 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> list[dict]:
 
     try:
         names = parquet.read_schema(path).names
-        _require_columns(names, columns, str(path))
-        also = {"qtype", "instruction", "input", "messages"} & set(names) - set(columns)
-        rows = parquet.read_table(path, columns=[*columns, *sorted(also)]).to_pylist()
+        if "messages" not in names:  # of which prompts and answers are made
+            _require_columns(names, columns, str(path))
+        wanted = {*columns, "qtype", "instruction", "input", "messages"}
+        rows = parquet.read_table(path, columns=[name for name in names if name in wanted]).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     if not rows:
@@ -195,6 +199,9 @@ def own_rows(paths: Sequence[Path], input_column: str, output_column: str) -> li
             for column in names:
                 if not isinstance(row[column], str):
                     raise InputError(f"{path}: row {number}: column '{column}' is {type(row[column]).__name__}, expected text")
+                if (place := lone_surrogate(row[column])) is not None:
+                    half = f"half of a surrogate pair at character {place + 1}"
+                    raise InputError(f"{path}: row {number}: column '{column}' holds {half}, expected text")
             turns = row.get("messages") if input_column in ("input", "instruction") else None
             kept = {"messages": turns} if turns and len(turns) > 1 else {}
             rows.append({name: row[column] for column, name in names.items()} | kept)

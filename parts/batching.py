@@ -86,3 +86,9 @@ def pad(
     ids = pad_sequence(tokens, batch_first=True, padding_value=padding, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side=side)
     return ids.to(device), mask.to(device)
+
+
+def unused_id(rows: Sequence[Sequence[int]], vocabulary: int) -> int:
+    """The first id that no row holds, to pad them with where a model has no padding of its own."""
+    used = set().union(*rows)
+    return next(token for token in range(vocabulary) if token not in used)

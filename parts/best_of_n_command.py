@@ -22,7 +22,7 @@ from parts.gold_settings import GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
 from parts.rank_statistics import curve_band, standard_gains, table_text
-from parts.rewards import reward_batch
+from parts.rewards import require_scores, reward_batch
 from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
@@ -125,7 +125,8 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
         if name not in designs:
             raise InputError(f"--designs holds {name!r}, expected some of {'; '.join(designs)}")
     designs = {name: designs[name] for name in settings.designs or designs}
-    data_path = settings.data_path or (samples.meta.get("data_path") if proxy.reward_function else None)
+    needed = set(proxy.dataset_fields) - {"qtype", "output"} or proxy.reward_function
+    data_path = settings.data_path or (samples.meta.get("data_path") if needed else None)
     if data_path:
         references = match_rows(data_path, samples.instructions, proxy.dataset_fields, path)
     else:
@@ -152,7 +153,9 @@ def score_choice(choice: Choice, proxies: Proxies) -> dict[str, np.ndarray]:
     if choice.designs:
         reward = proxies(*how)
         return {name: design_totals(reward, on, [table]).reshape(shape) for name, on in choice.designs.items()}
-    total = np.array(table["total"]).reshape(shape)
+    rows = [table["total"][start : start + samples.count] for start in range(0, len(references), samples.count)]
+    require_scores([None if None in row else row[0] for row in rows], str(samples.path))
+    total = np.array(rows)
     if (total == total[:, :1]).all():
         raise InputError(f"{samples.path}: {design_name(proxy)} is the same for all samples of a row, expected a proxy that can choose")
     return {design_name(proxy): total}
@@ -236,7 +239,8 @@ def sentences(sizes: Sequence[int], entries: Mapping[str, dict]) -> Iterator[str
     """One line on each ranking whose gold falls while its proxy rises on, as strong as `MOVES` standard errors allow; then the fits."""
     for name, entry in entries.items():
         fall = entry["fall"]
-        if entry["turning_point"] is not None and fall:
+        rises = entry["proxy"][-1] > entry["proxy"][sizes.index(entry["peak"])]
+        if fall and fall["difference"] < 0 and rises:
             size = f"{-fall['difference']:.2f}, SE {fall['standard_error']:.2f}"
             noise = -fall["difference"] < MOVES * fall["standard_error"]
             shown = "that is not told from noise" if noise else "the proxy is over-optimised"

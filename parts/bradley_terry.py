@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from parts.batching import batches_by_length, pad
+from parts.batching import batches_by_length, pad, unused_id
 
 
 def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,14 @@ class BradleyTerryTrainer(Trainer):
         self.forward_tokens = forward_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        scores = score_sequences(model, inputs["sequences"], self.model.config.pad_token_id, self.forward_tokens)
+        config, sequences = self.model.config, inputs["sequences"]
+        before = config.pad_token_id
+        if before is None:  # a model that knows no padding reads its score at the last token that is none
+            config.pad_token_id = unused_id(sequences, config.vocab_size)
+        try:
+            scores = score_sequences(model, sequences, config.pad_token_id, self.forward_tokens)
+        finally:
+            config.pad_token_id = before
         # Each kind of comparison weighs the same, however many there are of it.
         kinds = [torch.tensor(pairs).T for pairs in inputs["comparisons"].values() if pairs]
         loss = torch.stack([bradley_terry_loss(scores[better], scores[worse]) for better, worse in kinds]).mean()

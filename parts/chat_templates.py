@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from parts.errors import InputError
-from parts.files import REPOSITORY, file_digest, read_text
+from parts.files import REPOSITORY, digest, file_digest, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,10 +115,10 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.jinja")) + [TOKENIZER_OWN]
 
 
-def template_digest(name: str) -> str:
-    """A digest of a template's file; empty for one without a file, as the tokenizer's own is."""
-    file = FOLDER / f"{name}.jinja"
-    return file_digest(file) if file.is_file() else ""
+def template_digest(template: ChatTemplate) -> str:
+    """What tells a template from others of its name: a digest of its file, or of a tokenizer's own."""
+    file = FOLDER / f"{template.name}.jinja"
+    return file_digest(file) if file.is_file() else digest(asdict(template))
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate:

@@ -136,7 +136,10 @@ def rank_designs(
 
 
 def describe_designs(found: Mapping[str, Mapping[str, dict]]) -> str:
-    """A table of SpearmanR, a row a design and a column a gold; then one line on the best design of each gold."""
+    """A table of SpearmanR, a row a design and a column a gold; then one line on the best design of each gold.
+
+    The p and the interval of that line are the design's own: they do not allow for its having been chosen.
+    """
     lines = [table_text([{"design": name, **{column: entry["spearman"] for column, entry in row.items()}} for name, row in found.items()])]
     for column in next(iter(found.values())):
         defined = {design: row[column] for design, row in found.items() if row[column]["spearman"] is not None}
@@ -144,8 +147,9 @@ def describe_designs(found: Mapping[str, Mapping[str, dict]]) -> str:
             best = min(defined, key=lambda design: (-defined[design]["spearman"], len(design)))  # of equals the simplest
             entry = defined[best]
             interval = "" if entry["interval"] is None else ", 95% interval over prompts {:.3f} to {:.3f}".format(*entry["interval"])
+            chosen = f", without allowance for the choice among {len(defined)} designs" if len(defined) > 1 else ""
             lines.append(f"{column}: SpearmanR {entry['spearman']:.3f} for {best}, n = {entry['systems']} systems, permutation p "
-                         f"{entry['exact_pvalue']:.4g}{interval}")  # fmt: skip
+                         f"{entry['exact_pvalue']:.4g}{interval}{chosen}")  # fmt: skip
     return "\n".join(lines)
 
 

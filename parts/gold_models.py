@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from parts.adapters import adapter_weights, is_lora, put_on, read_kind
-from parts.batching import batches_by_length, batches_by_start, pad
+from parts.batching import batches_by_length, batches_by_start, pad, unused_id
 from parts.conversations import cut_left, encode_row
 from parts.cpu_speed import most_tokens, train_faster, use_onednn
 from parts.errors import InputError
@@ -238,10 +238,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
 
     def padding(self, rows: Sequence[Sequence[int]]) -> int:
         """The model's own padding, or an id that no row holds: the score is read where the last other id is."""
-        if self._pad is not None:
-            return self._pad
-        used = set().union(*rows)
-        return next(token for token in range(self.config.vocab_size) if token not in used)
+        return unused_id(rows, self.config.vocab_size) if self._pad is None else self._pad
 
     def score_batch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
         given = {"token_type_ids": token_types} if self._types else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from parts.cli import Settings, setting
 from parts.errors import InputError
 from parts.files import read_json
-from parts.models import check_bits, check_model_name
+from parts.models import check_bits, check_model_name, loading
 
 DEFAULT_GOLD = "Nexusflow/Starling-RM-34B"
 
@@ -62,7 +62,7 @@ def weight_names(folder: Path) -> Iterable[str]:
     single = folder / "model.safetensors"
     if not single.is_file():
         return ()
-    with safe_open(single, framework="pt") as weights:
+    with loading(str(single), "a model's weights"), safe_open(single, framework="pt") as weights:
         return list(weights.keys())
 
 

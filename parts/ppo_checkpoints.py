@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +18,9 @@ from parts.processes import is_first_process, launched_processes
 from parts.runs import RECORD, interrupted_path
 from parts.runs import checkpoints_of as folders_of
 from parts.weight_samples import is_same_sample, weight_sample
+
+if TYPE_CHECKING:
+    from parts.chat_templates import ChatTemplate
 
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",
@@ -97,6 +101,8 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     bound = [name for name in IN_THE_STATE if before.get(name) != getattr(settings, name)]
     if bound:
         raise InputError(f"{folder}: {', '.join(bound)} cannot change within a run: the checkpoint's state holds the old values")
+    if (launch := record.get("launch", launch_facts())) != launch_facts():
+        raise InputError(f"{folder}: launched with {_said(launch)}, expected the same to resume, found {_said(launch_facts())}")
     source = settings.reward_source()
     paths = {field.name for field in fields(settings) if field.metadata["rules"]["path"]}
     code = [name for name in record["reward_source"] | source if record["reward_source"].get(name) != source.get(name)]
@@ -107,11 +113,9 @@ def check_settings(folder: Path, settings, processes: int) -> None:
             changes.append(f"{path} has changed since")
     samples = {record.get("model"): record.get("base_sample", {}), **record.get("reward_samples", {})}
     for name in (settings.model_name, *settings.models):  # another name is told by the settings
-        if samples.get(name) and not is_same_sample(samples[name], weight_sample(name)):
+        sample = next((sample for own, sample in samples.items() if own == name or is_same_path(own, name)), {})
+        if sample and not is_same_sample(sample, weight_sample(name)):
             changes.append(f"the weights of {name} are others now")
-    template = settings.chat_template_name
-    if record.get("template") == template and record.get("template_digest", "") not in ("", template_digest(template)):
-        changes.append(f"the chat template '{template}' has changed since")
     harmless = HARMLESS if settings.use_optimizer_setup else HARMLESS | {"overall_steps"}  # the schedule knows where it ends
     changes += [
         f"{name} was {before.get(name)!r} and is {value!r}"
@@ -122,6 +126,29 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
     if changes:
         print(f"{folder}: resumes although {'; '.join(changes)}")
+
+
+def check_template(folder: Path, settings, template: ChatTemplate) -> None:
+    """As `check_settings`, for the chat template, which takes a tokenizer."""
+    record = read_json(folder / RECORD)
+    if record.get("template") != settings.chat_template_name or record.get("template_digest", "") in ("", template_digest(template)):
+        return
+    change = f"the chat template '{settings.chat_template_name}' has changed since"
+    if not settings.allow_changed_settings:
+        raise InputError(f"{folder}: {change} (--allow_changed_settings=true resumes all the same)")
+    print(f"{folder}: resumes although {change}")
+
+
+def launch_facts() -> dict[str, str | bool]:
+    """What `accelerate launch` chose, which a checkpoint's state and numbers depend on."""
+    return {
+        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+
+
+def _said(launch: Mapping) -> str:
+    return f"{'DeepSpeed' if launch['deepspeed'] else 'no DeepSpeed'} and mixed precision '{launch['mixed_precision']}'"
 
 
 def _is_same(recorded: object, value: object, is_path: bool) -> bool:

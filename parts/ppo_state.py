@@ -31,6 +31,7 @@ from parts.chat_templates import template_digest
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import load_causal_lm
+from parts.ppo_checkpoints import launch_facts
 from parts.rewards import reward_name
 from parts.runs import RECORD, provenance
 from parts.weight_samples import weight_sample
@@ -38,6 +39,7 @@ from parts.weight_samples import weight_sample
 if TYPE_CHECKING:
     from trl.trainer import RunningMoments
 
+    from parts.chat_templates import ChatTemplate
     from parts.ppo_metrics import Moments
     from parts.ppo_trainer import FastPPOTrainer
     from parts.sampling import Decoding
@@ -80,35 +82,50 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
         raise OSError(error)
 
 
-def run_record(trainer: FastPPOTrainer, step: int, settings, decoding: Decoding, start: Moments, development: Mapping[str, float]) -> dict:
+def run_facts(settings, template: ChatTemplate) -> dict:
+    """What a run's records say of the files that it reads, of its code and of its launch. Called once, when they are read: they may change.
+
+    Args:
+        settings: `PPOSettings` of `run_ppo.py`.
+    """
+    return provenance(
+        base_sample=weight_sample(settings.model_name),
+        reward_samples={name: weight_sample(name) for name in settings.models},
+        template=settings.chat_template_name,
+        template_digest=template_digest(template),
+        launch=launch_facts(),
+        reward_source=settings.reward_source(),
+        data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
+    )
+
+
+def run_record(
+    trainer: FastPPOTrainer, step: int, settings, facts: Mapping, decoding: Decoding, start: Moments, development: Mapping[str, float]
+) -> dict:
     """What a checkpoint says of the run that made it.
 
     Args:
         settings: `PPOSettings` of `run_ppo.py`.
+        facts: of `run_facts`.
         start: of the scores at step 0.
         development: means of the scores now.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    return provenance(
-        step=step,
-        seed=settings.seed,
-        dtype=str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
-        model=settings.model_name,
-        base_sample=weight_sample(settings.model_name),
-        reward_samples={name: weight_sample(name) for name in settings.models},
-        template=settings.chat_template_name,
-        template_digest=template_digest(settings.chat_template_name),
-        decoding=asdict(decoding),
-        processes=trainer.accelerator.num_processes,
-        kl_coef=float(trainer.kl_ctl.value),
-        development=development,
-        start=start,
-        reward_source=settings.reward_source(),
-        design=settings.design,
-        functions=settings.functions,
-        data={name: file_digest(getattr(settings, name)) for name in ("dataset_path", "dev_prompt_path")},
-        settings=asdict(settings),
-    )
+    return {
+        **facts,
+        "step": step,
+        "seed": settings.seed,
+        "dtype": str(next(policy.pretrained_model.parameters()).dtype).removeprefix("torch."),
+        "model": settings.model_name,
+        "decoding": asdict(decoding),
+        "processes": trainer.accelerator.num_processes,
+        "kl_coef": float(trainer.kl_ctl.value),
+        "development": development,
+        "start": start,
+        "design": settings.design,
+        "functions": settings.functions,
+        "settings": asdict(settings),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------- card

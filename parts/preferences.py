@@ -153,9 +153,12 @@ def encode_rankings(
 
 
 def heldout_sample(pairs: list[Pair], count: int) -> list[Pair]:
-    """What accuracy is measured on: `count` random pairs, `count // 2` more of similar length, `count // 2` damaged ones."""
+    """What accuracy is measured on: `count` random pairs, `count // 2` more of similar length, `count // 2` damaged ones.
+
+    Pairs of equal answers are left out: no score can tell which one is preferred.
+    """
     rng = random.Random(0)
-    pairs = rng.sample(pairs, len(pairs))
+    pairs = [pair for pair in rng.sample(pairs, len(pairs)) if pair.chosen != pair.rejected]
     measured, rest = pairs[:count], pairs[count:]
     similar = [replace(pair, kind="similar length") for pair in rest if pair.similar_length][: count // 2]
     return measured + similar + [pair for pair in damaged_pairs(measured[: count // 2], DAMAGES, rng) if pair.rejected != pair.chosen]

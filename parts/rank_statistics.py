@@ -147,9 +147,12 @@ def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int 
 
 
 def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float]:
-    """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows))."""
+    """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows)), None for a lone row."""
     differences = last - first
-    return {"difference": float(differences.mean()), "standard_error": float(scipy.stats.sem(differences))}
+    return {
+        "difference": float(differences.mean()),
+        "standard_error": float(scipy.stats.sem(differences)) if len(differences) > 1 else None,
+    }
 
 
 def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: Sequence[str | None]) -> dict:

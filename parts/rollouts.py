@@ -29,6 +29,7 @@ class Job:
 
     Args:
         files: the files to write, each with a fingerprint of all that its responses depend on.
+        columns: by file, a digest of all that it holds besides responses.
         prompts: token ids by row.
         stream: what has draws of its own, as in `sampling.draw_key`.
         ends: the tokens at which a response is over.
@@ -38,6 +39,7 @@ class Job:
     checkpoint: Checkpoint
     evaluation: str
     files: dict[Path, str]
+    columns: dict[Path, str]
     template: ChatTemplate
     prompts: list[list[int]]
     decoding: Decoding
@@ -54,9 +56,11 @@ class Job:
         """Whether the files are there, made as they would be now, which is then said. Raises InputError where one was made otherwise."""
         there = [file for file in self.files if file.exists()]
         for file in there:
-            meta = meta_path(file)
-            if not meta.is_file() or read_json(meta).get("fingerprint") != self.files[file]:
+            meta = read_json(meta_path(file)) if meta_path(file).is_file() else {}
+            if meta.get("fingerprint") != self.files[file]:
                 raise InputError(f"{file}: exists already, made otherwise (--overwrite=true replaces it)")
+            if meta.get("columns", self.columns[file]) != self.columns[file]:
+                raise InputError(f"{file}: exists already, of the same prompts with other columns (--overwrite=true replaces it)")
         if len(there) == len(self.files):
             print(f"{self.target}: is there already, made as it would be now")
             with alone_at(self.target) as alone:
@@ -132,7 +136,7 @@ def alpaca_rows(data: Sequence[Mapping], texts: Sequence[str], generator: str) -
 
 
 def sample_rows(data: Sequence[Mapping], texts: Sequence[str], finished: Sequence[bool], generator: str) -> list[dict]:
-    """Rows of `{dataset, instruction, reference, qtype, generator, responses}`, the last a list of `{output, finish_reason}`.
+    """Rows of `{dataset, instruction, messages, reference, qtype, generator, responses}`, the last a list of `{output, finish_reason}`.
 
     A finish reason is "stop" for a response that ended by itself, "length" for one that was cut. What `data` lacks is left out.
 
@@ -144,7 +148,7 @@ def sample_rows(data: Sequence[Mapping], texts: Sequence[str], finished: Sequenc
     rows = []
     for place, row in enumerate(data):
         kept = {"dataset": row.get("dataset", "unknown"), "instruction": row["instruction"]}
-        kept |= {name: row[own] for name, own in (("reference", "output"), ("qtype", "qtype")) if own in row}
+        kept |= {name: row[own] for name, own in (("messages", "messages"), ("reference", "output"), ("qtype", "qtype")) if own in row}
         own = zip(texts[place :: len(data)], finished[place :: len(data)])
         responses = [{"output": text.strip(), "finish_reason": "stop" if ended else "length"} for text, ended in own]
         rows.append({**kept, "generator": generator, "responses": responses})

@@ -104,11 +104,11 @@ def require_same_prompts(several: Sequence[Samples]) -> None:
 def best_rows(samples: Samples, references: Sequence[Mapping], proxy: np.ndarray, n: int) -> list[dict]:
     """`{input, output, qtype}` rows for `train_sft.py`: of each row's first `n` samples the one that the proxy ranks first.
 
-    Of equals it is the first. A row whose best response is empty is left out: there is nothing to learn in it.
+    Of equals it is the first. Turns that a prompt was put together from stay with it, as `messages`. A row whose best response is empty is left out: there is nothing to learn in it.
     """
     rows = []
-    for instruction, outputs, reference, best in zip(samples.instructions, samples.outputs, references, proxy[:, :n].argmax(axis=1)):
-        kind = {"qtype": reference["qtype"]} if reference.get("qtype") else {}
+    for row, outputs, reference, best in zip(samples.rows, samples.outputs, references, proxy[:, :n].argmax(axis=1)):
+        more = {name: given[name] for name, given in (("qtype", reference), ("messages", row)) if given.get(name)}
         if outputs[best].strip():
-            rows.append({"input": instruction, "output": outputs[best], **kind})
+            rows.append({"input": row["instruction"], "output": outputs[best], **more})
     return rows

@@ -131,6 +131,9 @@ def proxy_columns(
             yield some, [dict(zip(table, row)) for row in zip(*table.values())]
 
     rows = score_rows(store, texts, score, progress)
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise InputError(f"reward: columns {', '.join(row)} of some rows and {', '.join(rows[0])} of others, expected the same of all")
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -197,7 +200,7 @@ def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
 # ------------------------------------------------------------------------------------------------------------ gold tables
 
 _MISSING = {"", "-", "--", "\u2013", "\u2014", "nan", "na", "n/a", "none", "null"}  # in small letters: cells without a score
-_NUMBER = re.compile(r"(?P<number>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[-+]?\d+)?)\s*(?P<percent>%?)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?P<number>[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[-+]?\d+)?)\s*(?P<percent>%?)", re.IGNORECASE)
 
 
 def read_table(path: str) -> list[dict]:
@@ -286,6 +289,8 @@ def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bo
     rows = read_table(path)
     named = ["" if row.get("run") is None else str(row["run"]).strip() for row in rows]
     tells_runs = run in named if is_lone else any(named)  # a lone run's table may have a label of that name
+    if any(named) and not tells_runs:
+        say_once(f"{path}: no row of run {run!r}; taken for it are those of {', '.join(dict.fromkeys(map(repr, named)))}")
     if not (tells_runs or is_lone):
         raise InputError(f"{path}: no column 'run', expected one with the names of --model_prefix where there are several")
     found: list[str] = []

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,17 +15,19 @@ from conftest import REPOSITORY, ROWS, run_script
 from nltk.tokenize import wordpunct_tokenize
 from test_processes import launcher
 
+from eval_monotonicity import run_to_choose_by
 from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
 from parts.best_of_n_command import sentences
-from parts.errors import run_main
+from parts.errors import InputError, run_main
 from parts.files import read_json
 from parts.gold_models import load_gold_reward_model
 from parts.models import load_tokenizer
 from parts.relevance import load_encoder
+from parts.rollouts import sample_rows
 from parts.rows import read_rows
 from parts.samples import Samples, best_rows
 from parts.sampling import Decoding, row_draws, sample
-from reward_model import repetition_penalty
+from reward_model import RewardSettings, repetition_penalty
 from train_sft import SFTSettings
 
 SAMPLES = 6
@@ -198,9 +201,10 @@ def test_what_is_said_of_a_ranking():
 
 
 def test_a_fall_is_said_as_strongly_as_its_error_allows():
-    entry = {"turning_point": 2, "peak": 2, "fall": {"difference": -0.5, "standard_error": 0.2}, "scaling": {}}
+    entry = {"proxy": [0.0, 1.0, 2.0], "peak": 2, "fall": {"difference": -0.5, "standard_error": 0.2}, "scaling": {}}
     weak = {**entry, "fall": {"difference": -0.5, "standard_error": 0.3}}
-    assert list(sentences([1, 2, 4], {"LI": entry, "LI * RP": weak, "1": {**entry, "turning_point": None}})) == [
+    idle, steady = {**entry, "proxy": [1.0, 1.0, 1.0]}, {**entry, "peak": 4, "fall": {"difference": 0.0, "standard_error": 0.0}}
+    assert list(sentences([1, 2, 4], {"LI": entry, "LI * RP": weak, "1": idle, "gold itself": steady})) == [
         "LI: gold peaks at n = 2 and is lower by 0.50, SE 0.20 at n = 4, where the proxy is higher: the proxy is over-optimised",
         "LI * RP: gold peaks at n = 2 and is lower by 0.50, SE 0.30 at n = 4, where the proxy is higher: that is not told from noise",
     ]
@@ -333,6 +337,44 @@ def test_an_empty_best_is_left_out(tmp_path):
     assert best_rows(Samples(path), [{}, {"qtype": "OPENENDED"}], np.array([[1.0, 0.5], [0.5, 1.0]]), 2) == [
         {"input": "b", "output": "x", "qtype": "OPENENDED"}
     ]
+
+
+def test_turns_stay_with_the_best(tmp_path):
+    """A policy that was asked in turns is fine-tuned on the same turns."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Name a dog."}]
+    asked = "User: Hi\n\nAssistant: Hello\n\nUser: Name a dog."
+    rows = sample_rows([{"instruction": asked, "messages": turns}], ["Rex", "Bello"], [True, False], "m")
+    assert rows[0]["messages"] == turns and [each["finish_reason"] for each in rows[0]["responses"]] == ["stop", "length"]
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    found = best_rows(Samples(path), [{}], np.array([[0.5, 1.0]]), 2)
+    assert found == [{"input": asked, "output": "Bello", "messages": turns}]
+    (tmp_path / "best.json").write_text(json.dumps(found), encoding="utf-8")
+    assert read_rows(tmp_path / "best.json", {"input": None})[0]["messages"] == turns
+
+
+def test_the_run_that_samples_are_chosen_by():
+    """The encoder is one that a run was trained with, not the default in the record of a run that needs none."""
+
+    def run(name: str, encoder: str, relevance: bool, length: int = 96) -> SimpleNamespace:
+        proxy = RewardSettings(relevance_model_name=encoder, relevance_scaling=relevance, reward_branching=relevance)
+        return SimpleNamespace(name=name, proxy=proxy, output_max_length=length)
+
+    li, full = run("li", "facebook/contriever", False), run("full", "a/encoder", True)
+    assert run_to_choose_by([li, full]) is full and run_to_choose_by([full, li]) is full and run_to_choose_by([li]) is li
+    with pytest.raises(InputError, match="--best_of_n: relevance_model_name is a/encoder in full and b/encoder in other, expected one"):
+        run_to_choose_by([li, full, run("other", "b/encoder", True)])
+    with pytest.raises(InputError, match="--best_of_n: output_max_length is 96 in li and 48 in full, expected one for all"):
+        run_to_choose_by([li, run("full", "a/encoder", True, 48)])
+
+
+def test_a_function_that_gives_no_score_is_one_line(tmp_path, monkeypatch, capsys):
+    path = write_samples(tmp_path / "samples.jsonl")
+    (tmp_path / "samples.meta.json").write_text(json.dumps({"rows": 3, "data_path": str(path)}), encoding="utf-8")
+    (tmp_path / "f.py").write_text("def f(prompts, completions, **columns):\n    return [1.0, None] + [2.0] * (len(prompts) - 2)\n")
+    words = ["eval_monotonicity.py", "--gold_model=nobody/gold", "--best_of_n", path, f"--reward_function={tmp_path}/f.py:f"]
+    assert run_inside(monkeypatch, *words) == 2
+    assert "samples.jsonl: row 2 has no score, expected one of every row to compare" in capsys.readouterr().err.splitlines()[-1]
 
 
 def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: str = "same") -> Path:

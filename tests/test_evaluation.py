@@ -143,6 +143,10 @@ def test_finished_files_stay_and_others_are_in_the_way(tiny_model, checkpoints, 
     assert len(texts(checkpoints, 10)) == 6
     other = run_script(*command, "--seed=1")
     assert other.returncode == 2 and "run_step_2.json: exists already, made otherwise (--overwrite=true" in other.stderr
+    rows = json.loads(eval_file.read_text(encoding="utf-8"))
+    eval_file.write_text(json.dumps([{**rows[0], "qtype": "OPENENDED"}, *rows[1:]]), encoding="utf-8")
+    other = run_script(*command)
+    assert other.returncode == 2 and "run_step_2.json: exists already, of the same prompts with other columns (--overwrite" in other.stderr
 
 
 def test_a_baseline_is_compared_row_by_row(tiny_model, checkpoints, eval_file, tmp_path):

@@ -24,6 +24,7 @@ from parts.gold_models import (
     StarlingRMForInference,
     load_gold_reward_model,
 )
+from parts.gold_settings import is_starling
 from parts.models import model_identity
 from parts.preferences import (
     CUT,
@@ -216,6 +217,13 @@ def test_an_adapter_without_its_base_is_refused(tmp_path):
         load_gold_reward_model(str(tmp_path), device="cpu")
 
 
+def test_weights_that_are_none_are_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="model.safetensors: cannot be loaded as a model's weights"):
+        is_starling(str(tmp_path))
+
+
 def test_a_policy_is_no_reward_model(tiny_model, tmp_path):
     config = {"base_model_name_or_path": str(tiny_model), "peft_type": "LORA", "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -291,6 +299,49 @@ def test_what_is_measured_on():
     assert 0 < len(similar) <= 4 and all(pair.similar_length for pair in similar)
     assert len({pair.instruction for pair in sample[:8] + similar}) == 8 + len(similar)
     assert [pair.kind for pair in sample[8 + len(similar) :]] == [*DAMAGES, DAMAGES[0]]
+
+
+def test_equal_answers_are_not_measured_on():
+    """No score tells which of two equal answers is preferred."""
+    assert heldout_sample([Pair("a", "x", "x"), Pair("b", "x", "y")], 8)[0] == Pair("b", "x", "y")
+    assert all(pair.chosen != pair.rejected for pair in heldout_sample([Pair("a", "x", "x"), Pair("b", "x", "y")], 8))
+
+
+def test_a_model_without_padding_is_trained_as_it_is_scored(tiny_gold, tmp_path):
+    """The score of each sequence is that of the sequence alone, whatever it is batched with."""
+    from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+    from parts.bradley_terry import BradleyTerryTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_gold)
+    model.config.pad_token_id = None
+    sequences = [[5, 6, 7, 2], [5, 6], [0, 1, 2]]
+    with torch.no_grad():
+        alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = BradleyTerryTrainer(forward_tokens=64, model=model, args=arguments)
+    inputs = {"sequences": sequences, "comparisons": {"preference": [(0, 1), (1, 2)]}}
+    loss, scores = trainer.compute_loss(model, inputs, return_outputs=True)
+    assert scores.tolist() == pytest.approx(alone, abs=1e-6) and model.config.pad_token_id is None
+    expected = bradley_terry_loss(torch.tensor(alone)[[0, 1]], torch.tensor(alone)[[1, 2]])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_what_an_adapter_was_trained_on_is_not_held_out(tmp_path):
+    settings = {"heldout_share": 0.15, "heldout_systems": ["one", "two"]}
+    (tmp_path / "training_record.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+
+    def now(**changes) -> train_gold_rm.GoldTrainingSettings:
+        return train_gold_rm.GoldTrainingSettings(preferences="p", output_dir=str(tmp_path), **changes)
+
+    train_gold_rm.require_unseen(now())
+    train_gold_rm.require_unseen(now(heldout_share=0.1, heldout_systems=["two"]))
+    with pytest.raises(InputError, match=r"--heldout_share is 0.9, expected 0.15 at most, with which .* was trained"):
+        train_gold_rm.require_unseen(now(heldout_share=0.9))
+    with pytest.raises(InputError, match=r"--heldout_systems holds 'gpt4', which .* was trained on, expected some that it was not"):
+        train_gold_rm.require_unseen(now(heldout_systems=["two", "gpt4"]))
+    (tmp_path / "training_record.json").unlink()
+    train_gold_rm.require_unseen(now(heldout_share=0.9))
 
 
 def test_accuracies_and_heldout_prompts():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from eval_monotonicity import (
     choose_checkpoints,
     design_name,
     name_designs,
+    read_references,
     read_run,
     scored_run,
     short_names,
@@ -146,12 +148,15 @@ def test_names_of_golds():
         short_names(["a", "a"])
 
 
-def test_a_gold_table_of_several_runs(tmp_path):
+def test_a_gold_table_of_several_runs(tmp_path, capsys):
     table = tmp_path / "gold.csv"
     table.write_text("run,step,human\none,1,1\ntwo,1,3\none,2,2\n", encoding="utf-8")
     assert read_gold_scores(str(table), [1, 2], "one", is_lone=False) == {"human": {1: 1.0, 2: 2.0}}
     with pytest.raises(InputError, match="gold.csv: no row for step 2 of run 'two'$"):
         read_gold_scores(str(table), [1, 2], "two", is_lone=False)
+    table.write_text("run,step,human\nother,1,1\nother,2,3\n", encoding="utf-8")
+    assert read_gold_scores(str(table), [1, 2], "one") == {"human": {1: 1.0, 2: 3.0}}
+    assert capsys.readouterr().out == f"{table}: no row of run 'one'; taken for it are those of 'other'\n"
     table.write_text("step,human\n1,1\n2,3\n", encoding="utf-8")
     with pytest.raises(
         InputError, match="gold.csv: no column 'run', expected one with the names of --model_prefix where there are several$"
@@ -271,6 +276,30 @@ def test_proxy_components_are_kept(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- whole
+
+
+def test_components_that_differ_between_rows_are_refused(tmp_path):
+    """A function's columns may depend on the rows that it is called with, and those of one call are not those of another."""
+
+    class Reward:
+        def score(self, batch):
+            return {"total": [1.0] * len(batch["response"]), **({"long": [1.0]} if batch["response"] == ["b"] else {})}
+
+    for text in "ab":
+        proxy_columns(Reward, ScoreStore(tmp_path / "scores.jsonl", {}), {"response": [text]}, lambda rows: None)
+    with pytest.raises(InputError, match="reward: columns total, long of some rows and total of others, expected the same of all"):
+        proxy_columns(Reward, ScoreStore(tmp_path / "scores.jsonl", {}), {"response": ["a", "b"]}, lambda rows: None)
+
+
+def test_a_column_of_the_data_set_is_found_by_the_record(tmp_path):
+    """A feature that reads a column of its own finds it in the file that the rollouts were made from."""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"instruction": "a", "keywords": "x"}]), encoding="utf-8")
+    point = SimpleNamespace(rows=[{"instruction": "a"}], meta={"data_path": str(data)}, rollouts=tmp_path / "rollouts.json")
+    proxy = SimpleNamespace(dataset_fields={"keywords": None}, reward_function=[])
+    assert read_references(SimpleNamespace(data_path=""), [point], proxy) == [{"instruction": "a", "keywords": "x"}]
+    proxy.dataset_fields = {"qtype": None}
+    assert read_references(SimpleNamespace(data_path=""), [point], proxy) == [{"qtype": None}]
 
 
 def test_a_run_as_one_value(tmp_path):

@@ -162,6 +162,12 @@ def test_a_merged_model_is_the_adapter_on_its_base(tiny_model, tmp_path):
     assert not torch.allclose(found, base, atol=1e-2)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    # The tied head's weight is the embeddings' too, which the adapter leaves alone.
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    ).save_pretrained(tmp_path / "tied")
+    tied = run_script("merge_adapter.py", tmp_path / "tied", f"--output_dir={tmp_path}/x")
+    assert tied.returncode == 2 and "lm_head, whose weight another module shares, expected one that can be merged alone" in tied.stderr
     again = run_script("merge_adapter.py", tmp_path / "run_step_2", f"--output_dir={tmp_path}/merged")
     assert again.returncode == 2 and "merged: exists already (--overwrite=true replaces it)" in again.stderr
     for words, told in (

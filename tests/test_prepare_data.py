@@ -380,6 +380,12 @@ def test_a_qtype_that_is_not_ours_is_left_out(tmp_path, monkeypatch, capsys):
         ("a.json", '[{"input": "x", "answer": "y"}]', "a.json: row 1: no column 'output', expected one of those found: input, answer"),
         ("a.jsonl", '{"input": "x", "output": "y"}\n{"input": "x", "output": 3}\n', "row 2: column 'output' is int, expected text"),
         ("a.json", '{"input": "x", "output": "y"}\n{"input"\n', "a.json: line 2: broken JSON"),
+        (
+            "a.jsonl",
+            '{"input": "bad \\ud83d", "output": "y"}\n',
+            "a.jsonl: row 1: column 'input' holds half of a surrogate pair at character 5",
+        ),
+        ("a.json", '{"input": "x", "output": %s}\n{"input": "y"}\n' % ("1" * 5000), "a.json: line 1: broken JSON .Exceeds the limit"),
         ("a.csv", "input,output\nx,y\nz\n", "a.csv: row 2: has more or fewer cells than the 2 columns"),
         ("a.csv", "input,output\n", "a.csv: no rows, expected at least one"),
         ("a.csv", 'input,output\n"x,y\n', "a.csv: line 2: broken CSV"),
@@ -499,6 +505,11 @@ def test_a_conversation_keeps_its_turns(tmp_path, monkeypatch):
     assert first == {"input": "User: Hi\n\nAssistant: Hello\n\nUser: Name a dog.", "output": "Rex", "messages": turns}
     assert second == {"input": "Hi", "output": "Rex"}
     assert read_rows(target, {})[0]["messages"] == turns
+    write_table(tmp_path / "talk.parquet", [{"messages": [*turns, answer]}, {"messages": [turns[0], answer]}])
+    path.rename(tmp_path / "lines.json")
+    for other in ("talk.parquet", "lines.json"):
+        run(monkeypatch, tmp_path / other, "--output", tmp_path / f"{other}.rows.json")
+        assert json.loads((tmp_path / f"{other}.rows.json").read_text(encoding="utf-8")) == [first, second]
 
 
 def test_turns_that_are_not_the_prompt_are_left_out(tmp_path, monkeypatch):

@@ -134,9 +134,10 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
     """More steps extend a run without a schedule; whatever else is allowed to change is named, the reward's code too."""
     from dataclasses import asdict
 
+    from parts.chat_templates import ChatTemplate, load_template, template_digest
     from parts.errors import InputError
     from parts.files import file_digest
-    from parts.ppo_checkpoints import check_settings
+    from parts.ppo_checkpoints import check_settings, check_template, launch_facts
     from run_ppo import PPOSettings
 
     def settings(**changes) -> PPOSettings:
@@ -166,19 +167,43 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
         "template_digest": "0" * 64,
         "base_sample": {"0.q.weight": [1.0]},
         "model": "m",
-        "reward_samples": {"r": {"0.k.weight": [1.0]}},
+        "reward_samples": {"r/": {"0.k.weight": [1.0]}},
     }
     (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
     now = settings(reward_model_name="r")
     with monkeypatch.context() as patched:
         patched.setattr("parts.ppo_checkpoints.weight_sample", lambda name: {"0.q.weight": [1.0], "0.k.weight": [2.0]})
-        said = "the weights of r are others now; the chat template 'alpaca' has changed since; reward_model_name was"
+        said = "the weights of r are others now; reward_model_name was"
         with pytest.raises(InputError) as refused:
             check_settings(tmp_path, now, 1)
         assert said in str(refused.value) and "the weights of m are" not in str(refused.value)
         with pytest.raises(InputError) as refused:
             check_settings(tmp_path, settings(reward_model_name="other"), 1)
         assert "weights" not in str(refused.value)
+
+    # The template, a tokenizer's own too.
+    own = ChatTemplate("tokenizer", "{{ messages }}", (), (), {})
+    for name, template in (("alpaca", load_template("alpaca")), ("tokenizer", own)):
+        changed |= {"template": name, "template_digest": "0" * 64}
+        (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(InputError, match=f"the chat template '{name}' has changed since .--allow_changed_settings=true resumes"):
+            check_template(tmp_path, settings(chat_template_name=name), template)
+        check_template(tmp_path, settings(chat_template_name=name, allow_changed_settings=True), template)
+        assert f"resumes although the chat template '{name}' has changed since" in capsys.readouterr().out
+        changed["template_digest"] = template_digest(template)
+        (tmp_path / "training_record.json").write_text(json.dumps(changed), encoding="utf-8")
+        check_template(tmp_path, settings(chat_template_name=name), template)
+
+    # The launch, which the optimiser's state and the precision depend on.
+    record(settings(), settings().reward_source())
+    launched = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8")) | {"launch": launch_facts()}
+    (tmp_path / "training_record.json").write_text(json.dumps(launched), encoding="utf-8")
+    check_settings(tmp_path, settings(), 1)
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        said = "launched with no DeepSpeed and mixed precision 'no', expected the same to resume, found no DeepSpeed and mixed precision 'bf16'"
+        with pytest.raises(InputError, match=said):
+            check_settings(tmp_path, settings(allow_changed_settings=True), 1)
 
     record(settings(), settings().reward_source())
     older = json.loads((tmp_path / "training_record.json").read_text(encoding="utf-8"))

@@ -234,6 +234,32 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny_model, rows_file, t
     assert losses[0] == losses[1] and len(losses[0]) > 40
 
 
+def test_a_training_that_ended_before_its_last_measurement_measures_on_resuming(tiny_model, rows_file, tmp_path, monkeypatch):
+    """The Trainer saves the last step before it measures the epoch's loss: what resumes from there has no step left."""
+    import train_sft
+
+    def run(output: Path) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", words(tiny_model, rows_file, output, epochs=2, save_steps=1))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        train_sft.main()
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_sft, "write_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "sft")
+    (checkpoint,) = (tmp_path / "sft.unfinished").glob("checkpoint-*")
+    state = read_json(checkpoint / "trainer_state.json")
+    assert state["global_step"] == state["max_steps"] > max(row["step"] for row in state["log_history"] if "eval_loss" in row)
+    run(tmp_path / "sft")
+    run(tmp_path / "whole")
+    found, expected = (read_json(tmp_path / name / "training_record.json") for name in ("sft", "whole"))
+    assert (found["before"], found["after"]) == (expected["before"], expected["after"])
+    assert found["after"] != found["before"]
+
+
 @pytest.mark.parametrize("launch", ["ddp-cpu", "zero2-bf16-cpu"])
 def test_two_processes_train_one_model(tiny_model, rows_file, tmp_path, launch):
     settings = {"lora_r": 4 if launch == "ddp-cpu" else 0, "batch_size": 1, "epochs": 6}

@@ -52,6 +52,8 @@ def test_leaderboards(tmp_path, capsys, name, text, expected, told):
         ("name;win_rate\na;10,0\nb;20,0\n", "column 'win_rate' is '10,0', expected a point before decimals"),
         ("name,win_rate\na,10\nb,good\n", "row 2: field 'win_rate' is 'good', expected a number"),
         ("name,win_rate\na,10\nb,inf\n", "row 2: field 'win_rate' is 'inf', expected a number"),
+        ("name;win_rate\na;0,512\nb;-0,433\n", "column 'win_rate' is '0,512', expected a point before decimals"),
+        ("name;win_rate\na;012,345\nb;24\n", "row 1: field 'win_rate' is '012,345', expected a number"),
         ('name,win_rate\na,10\nb,"12,00"\n', "row 2: field 'win_rate' is '12,00', expected a number"),
         ("name,win_rate\na,10%\nb,0.2\n", "column 'win_rate' has percent signs in 1 of 2 cells, expected all or none"),
         ("name,win_rate,win_rate\na,10,11\nb,20,21\n", "column 'win_rate' comes twice"),
