@@ -11,7 +11,7 @@ As a command it scores rollouts in AlpacaEval's format and prints the mean of ea
 
 To add a feature: write a function and name it in `FEATURES`. Its flag, help text, columns and log name follow from that line; the names
 of its parameters say what it reads (`parts/features.py`).
-To change the formula: edit `compose`. To leave this file alone: `--reward_function examples/my_reward.py:my_reward`.
+To change the formula: edit `compose`. To leave this file alone: `--reward_function examples/my_reward.py:hedging`.
 
 Formulas: Kim and Seo, "Rethinking the Role of Proxy Rewards in Language Model Alignment", EMNLP 2024, section 2.
 """

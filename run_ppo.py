@@ -212,7 +212,7 @@ def evaluate(
         if settings.rollout_postprocessing:
             responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        columns = score_rollouts(reward, own, texts)
+        columns = score_rollouts(reward, own, texts) | {"kl": trainer.kl(tokens, responses)}
         for number, prompt, text, *scores in zip(numbers, own, texts, *columns.values()):
             row = {"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text}
             rows.append({**row, "scores": dict(zip(columns, scores))})
@@ -311,13 +311,13 @@ def main() -> None:
     tokenizer = load_tokenizer(settings.tokenizer_name or settings.model_name, settings.cache_dir or None)
     model = read_facts(settings.model_name, tokenizer, settings.cache_dir or None)
     template = load_template(settings.chat_template_name, tokenizer)
-    facts = ppo_state.run_facts(settings, template)
     if begin.folder:
         ppo_checkpoints.check_template(begin.folder, settings, template)
     limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
     read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
     prompts = read(settings.dataset_path, against=[settings.dev_prompt_path])
     dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
+    facts = ppo_state.run_facts(settings, template)
     model.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")
 
     # 3. Policy, reference (the policy with its adapter disabled, or a copy), value head, optimizer: TRL's trainer. Then the reward.

@@ -1,8 +1,9 @@
 """What the value head's settings gain: a run with each of them, against a run of the same design without, on the same prompts.
 
     python examples/ablation.py --designs LI full        # the runs without: their first steps are compared
-    python benchmarks/value_head.py                      # the others; stopped at any moment, it resumes
-    python benchmarks/value_head.py --published outputs/ablation/LI-{seed} --output_dir=outputs/value_head_li --variants rate --seeds 2 3
+    python benchmarks/value_head.py --results_dir=assets/value_head/full     # the others; stopped at any moment, it resumes
+    python benchmarks/value_head.py --published outputs/ablation/LI-{seed} --output_dir=outputs/value_head_li --seeds 2 3 \
+        --results_dir=assets/value_head/li
 
 Runs of one seed see the same prompts at each step, so that rewards are compared step by step. What is kept is
 <results_dir>/value_head.json and its table, value_head.md.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One question on the embedded models: does gold follow a proxy that rewards length alone, and does it follow the full design?
-# Run by `make demo`; needs nothing but what `make setup outputs/demo_backbone` makes. SEED=7 bash examples/demo.sh is another run.
+# Run by `make demo`, which sets all up. SEED=7 make demo is another run.
 set -euo pipefail
 trap 'exit 130' INT  # run_ppo.py ends with 0 when it is stopped, and the next stage is not to begin then
 seed=${SEED:-42}

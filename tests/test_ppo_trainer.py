@@ -50,6 +50,7 @@ def trained_weights(trainer):
 def compare(stock, fast, steps=3, masks=None):
     for step in range(steps):
         results = []
+        kl = fast.kl(*([tokens.tolist() for tokens in column] for column in rollouts(step)[:2]))
         for trainer in (stock, fast):
             np.random.seed(step)
             queries, responses, scores = rollouts(step)
@@ -58,6 +59,7 @@ def compare(stock, fast, steps=3, masks=None):
                 warnings.simplefilter("ignore")
                 results.append(trainer.step(queries, responses, scores, given))
         theirs, ours = results
+        assert masks or np.mean(kl) == pytest.approx(float(theirs["objective/kl"]), rel=1e-4, abs=1e-5)
         missing = {name for name in theirs if name not in ours}
         assert missing == set()
         for name, value in theirs.items():
