@@ -264,12 +264,13 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
         InputError: qtypes or references are needed and their file is unknown, unusable, or lacks an instruction.
     """
     rows = checkpoints[0].rows
-    needed = set(proxy.dataset_fields) - {"qtype"} or proxy.reward_function
+    needed = proxy.reads_besides("qtype")
     path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
     if path:
         return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(checkpoints[0].rollouts))
     if needed:
-        raise InputError("--data_path is missing: the proxy reads references, and no record beside the rollouts says where they are")
+        columns = f"reads {', '.join(proxy.dataset_fields)}" if proxy.dataset_fields else "is a function of the rows"
+        raise InputError(f"--data_path is missing: the reward {columns}, and no record beside the rollouts says where they are")
     return [{"qtype": row.get("qtype")} for row in rows]
 
 
@@ -335,6 +336,7 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
     tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
+    kl, kl_of = read_kl(run.trained, steps)
     return ScoredRun(
         name=run.name,
         steps=steps,
@@ -346,7 +348,8 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
         components=components,
         proxy=proxy,
         gold=gold,
-        kl=read_kl(run.trained, steps),
+        kl=kl,
+        kl_of=kl_of,
         found={name: correlations(steps, proxy, scores, qtypes) for name, scores in gold.items()},
         design=run.design,
         own=run.own,
@@ -392,7 +395,8 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         settings.output_max_length = chooser.output_max_length
 
         def read(trained: Mapping) -> RewardSettings:
-            return read_proxy(settings, typed, chooser.trained if chooser.proxy.is_proxy else trained)
+            switches = {feature.switch: True for run in runs if run.proxy.is_proxy for feature in run.proxy.on}
+            return read_proxy(settings, typed, {**chooser.trained, **switches} if chooser.proxy.is_proxy else trained)
 
         curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:
@@ -407,6 +411,8 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         scored.append(replace(scored_run(run, tables[run.name], gold), design=design))
 
     # 3. The answer.
+    if len(kinds := {found.kl_of: found.name for found in scored if found.kl_of}) > 1:
+        print(f"warning: KL is not alike: {' and '.join(f'that of {name} is of {of}' for of, name in kinds.items())}")
     records = [
         provenance(
             settings={**asdict(settings), **asdict(gold_settings), **typed},

@@ -126,13 +126,10 @@ def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """The files that the checkpoints were trained on, each once, as far as they are here and still what they were."""
     files: list[str] = []
     for checkpoint in checkpoints:
-        file = checkpoint.trained.get("dataset_path", "")
-        if (
-            isinstance(file, str)
-            and file not in files
-            and Path(file).is_file()
-            and file_digest(file) == dict(checkpoint.record.get("data") or {}).get("dataset_path")
-        ):
+        merged = checkpoint.record.get("trained_on", {})  # of an adapter that `merge_adapter.py` made a model of
+        file = merged.get("dataset_path") or checkpoint.trained.get("dataset_path", "")
+        data = dict(merged.get("data") or checkpoint.record.get("data") or {})
+        if isinstance(file, str) and file not in files and Path(file).is_file() and file_digest(file) == data.get("dataset_path"):
             files.append(file)
     return files
 

@@ -65,11 +65,13 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
 
 def require_untied(model: PeftModel, name: str) -> None:
     """Raises InputError for an adapter on a weight that two modules share, as a tied head does: the other would be changed too."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None)
     for place, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+        is_alone = isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)  # which acts on both by itself
+        if is_alone and holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
             raise InputError(f"{name}: it is on {place}, whose weight another module shares, expected one that can be merged alone")
 
 
@@ -106,7 +108,9 @@ def main() -> None:
     # 3. The folder.
     merged = {"adapter": str(adapter.folder), "content": model_identity(str(adapter.folder)), "base": base}
     template = adapter.trained.get("chat_template_name")
-    record = provenance(model=base, dtype=str(dtype).removeprefix("torch."), template=template, merged=merged, settings=asdict(settings))
+    trained_on = {"dataset_path": adapter.trained.get("dataset_path"), "data": adapter.record.get("data")}
+    facts = {"model": base, "dtype": str(dtype).removeprefix("torch."), "template": template}
+    record = provenance(**facts, merged=merged, trained_on=trained_on, settings=asdict(settings))
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

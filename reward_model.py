@@ -442,6 +442,10 @@ class RewardSettings(ProxySettings):
     def is_proxy(self) -> bool:
         return not (self.reward_function or self.reward_model_name)
 
+    def reads_besides(self, *known: str) -> bool:
+        """Whether the reward reads columns of the rows besides their prompt and these; a user's function may read any."""
+        return bool(set(self.dataset_fields) - set(known) or self.reward_function)
+
     @property
     def dataset_fields(self) -> dict[str, tuple[str, ...] | None]:
         """What each row must carry for this reward besides its prompt, as `read_rows` takes it."""
@@ -531,7 +535,10 @@ def main() -> None:
     settings, typed = parse_settings(
         ScoreFileSettings, description=__doc__, typed_only=RewardSettings, otherwise="as in the paper's full design"
     )
-    score_files(settings, RewardSettings(**{**FULL_DESIGN, **typed}))
+    rewards = RewardSettings(**{**FULL_DESIGN, **typed})
+    if not rewards.is_proxy and (idle := [field.name for field in fields(ProxySettings) if field.name in typed]):
+        raise InputError(f"--{idle[0]}: {rewards.named} does not read it, expected it with the proxy alone")
+    score_files(settings, rewards)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class PPOSettings(RewardSettings):
                 f"--batch_size is {self.batch_size}, expected a multiple of mini_batch_size * gradient_accumulation_steps = {optimizer_batch}"
             )
         if self.batch_size < 2:
-            raise InputError("--batch_size is 1, expected at least 2: a process normalises rewards and advantages by their deviation")
+            raise InputError("--batch_size is 1, expected at least 2: each process whitens the advantages of its own batch")
         if self.warmup_ratio >= 1:
             raise InputError(f"--warmup_ratio is {self.warmup_ratio}, expected less than 1")
         if self.value_warmup_steps >= self.overall_steps:
@@ -212,12 +212,13 @@ def evaluate(
         if settings.rollout_postprocessing:
             responses = [cut_at_stop_string(response, tokenizer, template) for response in responses]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        columns = score_rollouts(reward, own, texts) | {"kl": trainer.kl(tokens, responses)}
-        for number, prompt, text, *scores in zip(numbers, own, texts, *columns.values()):
-            row = {"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text}
+        columns = score_rollouts(reward, own, texts)
+        for number, prompt, text, kl, *scores in zip(numbers, own, texts, trainer.kl(tokens, responses), *columns.values()):
+            row = {"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text, "kl": kl}
             rows.append({**row, "scores": dict(zip(columns, scores))})
     rows = sorted(gather_object(rows), key=lambda row: row["row"])
     columns = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
+    columns["objective/kl"] = [row["kl"] for row in rows]  # TRL's name, which no column of a reward has
     return rows, moments(columns, [row["qtype"] for row in rows])
 
 

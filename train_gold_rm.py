@@ -290,12 +290,18 @@ def earlier_training(settings: GoldTrainingSettings) -> dict:
 
 
 def require_unseen(settings: GoldTrainingSettings) -> None:
-    """Raises InputError where the adapter to measure, by its record, was trained on prompts or systems that are to be held out now."""
-    folder, trained = settings.output_dir, Checkpoint(Path(settings.output_dir)).trained
+    """Raises InputError where the adapter to measure, by its record, was trained on prompts or systems that are to be held out now.
+
+    Nothing is known of preferences that it was not trained on; those of a record without a digest count as the same.
+    """
+    folder, point = settings.output_dir, Checkpoint(Path(settings.output_dir))
+    trained, own = point.trained, file_digest(settings.preferences)
+    if dict(point.record.get("data") or {}).get("preferences", own) != own:
+        return
     if (share := trained.get("heldout_share", 1)) < settings.heldout_share:
         raise InputError(f"--heldout_share is {settings.heldout_share}, expected {share} at most, with which {folder} was trained")
     if "heldout_systems" in trained and (seen := sorted(set(settings.heldout_systems) - set(trained["heldout_systems"]))):
-        raise InputError(f"--heldout_systems holds {seen[0]!r}, which {folder} was trained on, expected some that it was not")
+        raise InputError(f"--heldout_systems holds {seen[0]!r}, which {folder} did not hold out, expected some that it did")
 
 
 def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -345,7 +351,10 @@ def main() -> None:
         fingerprint = training_fingerprint(settings)
         resumed = resumable_training(Path(f"{settings.output_dir}.unfinished"), fingerprint, settings.overwrite)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
-    record = provenance(settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier)
+    data = {"preferences": file_digest(settings.preferences)}
+    record = provenance(
+        settings=asdict(settings), seed=settings.seed, dtype=dtype, model=settings.model_name, start_from=earlier, data=data
+    )
 
     # 2. Training.
     if not settings.evaluate_only:

@@ -39,7 +39,7 @@ from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
 from parts.locks import hold
 from parts.models import check_whole_model, load_causal_lm, loading, model_identity, use_cache
-from parts.processes import is_first_process
+from parts.processes import is_first_process, launch_facts
 from parts.runs import ADAPTER, ADAPTER_WEIGHTS, RECORD, begin_training, provenance, resumable_training
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
 from parts.weight_samples import weight_sample
@@ -334,7 +334,7 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
             temporary.mkdir()
             shutil.copy(trained / ADAPTER, temporary)
             save_file(matrices, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            _describe(temporary, {**record, "base_sample": weight_sample(settings.model_name)}, text)
+            _describe(temporary, record, text)
         return
     base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     dtype = base.dtype or torch.float32
@@ -391,7 +391,9 @@ def main() -> None:
     files = {name: file_digest(path) for name in ("dataset_path", "heldout_path") if (path := getattr(settings, name))}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS | {"model_name", *files}}
-    fingerprint = digest([chosen, model_identity(settings.model_name), template_digest(template), files, processes])
+    launch = [processes, launch_facts()]
+    fingerprint = digest([chosen, model_identity(settings.model_name), template_digest(template), files, launch])
+    base_sample = weight_sample(settings.model_name)
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
     if output.exists() and not settings.overwrite:
         if not (output / RECORD).is_file() or read_json(output / RECORD).get("fingerprint") != fingerprint:
@@ -443,6 +445,7 @@ def main() -> None:
             history=history,
             settings=asdict(settings),
         )
+        record |= {} if settings.merge else {"base_sample": base_sample}
         write_model(trained, settings, tokenizer, record, card(settings, facts))
         shutil.rmtree(unfinished)
         print(f"held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after {facts['steps']} steps: {output}")

@@ -65,6 +65,9 @@ class ScaleSettings(Settings):
             raise InputError(f"--gpus is {self.gpus}, expected numbers of at least 1")
         if not set(self.zero_stages) <= {2, 3} or not self.zero_stages:
             raise InputError(f"--zero_stages is {self.zero_stages}, expected 2, 3 or both")
+        for mean, longest in (("prompt_tokens", "max_prompt_length"), ("response_tokens", "output_max_length")):
+            if getattr(self, mean) > getattr(self, longest):
+                raise InputError(f"--{mean} is {getattr(self, mean)}, expected {longest} = {getattr(self, longest)} at most")
         for name in (self.model, self.gold):
             if name not in CONFIGS:
                 check_model_name(name)

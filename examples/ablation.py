@@ -50,7 +50,7 @@ from parts.models import model_identity
 from parts.overlap import rouge_l
 from parts.rank_statistics import together
 from parts.rows import read_rows
-from parts.runs import checkpoints_of, meta_path, provenance
+from parts.runs import DEVELOPMENT, TRAINING, checkpoints_of, meta_path, provenance
 from parts.scores import ScoreStore, gold_columns
 from parts.weight_samples import is_same_sample, weight_sample
 
@@ -66,7 +66,7 @@ class AblationSettings(Settings):
     ppo_config: str = setting("configs/ablation.yaml", "settings of run_ppo.py for every cell", path=True)
     designs: list[str] = setting([*DESIGNS, LEARNED], f"{', '.join(DESIGNS)}, and {LEARNED}: PPO against a reward model")
     seeds: list[int] = setting([1, 2, 3], "seeds of PPO")
-    steps: list[int] = setting([], "checkpoints that are evaluated, at least three; by default all that a run saved")
+    steps: list[int] = setting([], "checkpoints that are evaluated, at least three with 0 among them; by default all that a run saved")
     reward_model: str = setting("assets/second_gold_rm", f"what {LEARNED} is trained against", path=True)
     gold_model: list[str] = setting(["assets/demo_gold_rm", "assets/second_gold_rm"], "what judges the rollouts", path=True)
     data_path: str = setting("data/eval.json", "evaluation rows with qtype and reference", path=True)
@@ -82,6 +82,12 @@ class AblationSettings(Settings):
         for design in self.designs:
             if design not in (*DESIGNS, LEARNED):
                 raise InputError(f"--designs holds {design!r}, expected some of {', '.join(DESIGNS)}, {LEARNED}")
+        for name in ("designs", "seeds", "steps"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise InputError(f"--{name} names one twice, expected each once")
+        if self.steps and (len(self.steps) < 3 or 0 not in self.steps):
+            raise InputError(f"--steps is {self.steps}, expected at least three, and 0 among them")
 
 
 @dataclass(frozen=True)
@@ -107,16 +113,26 @@ class Cell:
 # ----------------------------------------------------------------------------------------------------------------- a cell
 
 
+def read_ppo(settings: AblationSettings) -> dict:
+    """`--ppo_config` as it is written. Raises InputError where it lacks what a cell needs."""
+    content = yaml.safe_load(read_text(settings.ppo_config))
+    for name in ("model_name", "overall_steps", "output_max_length"):
+        if not isinstance(content, dict) or name not in content:
+            raise InputError(f"{settings.ppo_config}: no setting {name}, expected it for the cells")
+    return content
+
+
 def commands(cell: Cell) -> list[list[str]]:
     """What a user would type for a cell: PPO, rollouts, scores."""
     settings = cell.settings
-    ppo = yaml.safe_load(read_text(settings.ppo_config))
+    ppo = read_ppo(settings)
     on = DESIGNS.get(cell.design, len(SWITCHES))
     reward = [f"--{switch}={'true' if place < on else 'false'}" for place, switch in enumerate(SWITCHES)]
     if cell.design == LEARNED:
         reward.append(f"--reward_model_name={settings.reward_model}")
     resume = ["--resume_from_checkpoint=auto"] if checkpoints_of(cell.run) else []
     points = [f"{cell.run}_step_{step}" for step in settings.steps] or [f"{cell.run}_step_*"]
+    chosen = ["--steps", *map(str, settings.steps)] if settings.steps else ["--include_start=true"]
     half = "bfloat16" if settings.bf16 else "float32"
 
     def ours(name: str) -> str:
@@ -128,7 +144,7 @@ def commands(cell: Cell) -> list[list[str]]:
         ["python", ours("evaluation.py"), f"--base_model_name={ppo['model_name']}", "--peft_model_name", *points,
          f"--data_path={settings.data_path}", f"--max_new_tokens={ppo['output_max_length']}", "--batch_size=64",
          "--common_draws=true", f"--dtype={half}"],
-        ["python", ours("eval_monotonicity.py"), f"--output_dir={settings.output_dir}", f"--model_prefix={cell.name}", "--include_start=true",
+        ["python", ours("eval_monotonicity.py"), f"--output_dir={settings.output_dir}", f"--model_prefix={cell.name}", *chosen,
          "--gold_model", *settings.gold_model, f"--gold_dtype={half}", "--batch_size=32"],
     ]  # fmt: skip
 
@@ -139,7 +155,7 @@ def run_cell(cell: Cell, threads: int, stop: Event) -> None:
     Raises:
         InputError: a command failed or was stopped.
     """
-    last = yaml.safe_load(read_text(cell.settings.ppo_config))["overall_steps"]
+    last = read_ppo(cell.settings)["overall_steps"]
     train, *rest = typed = commands(cell)
     made = made_with(cell)  # what the files say now, and not when the cell is done
     for words in rest if is_trained(cell.run, last) else typed:
@@ -171,7 +187,7 @@ def made_with(cell: Cell) -> dict[str, str]:
     """Digests of what a cell's numbers depend on besides design, seed and code, by the setting that names it."""
     settings = cell.settings
     golds = dict(zip(short_names(settings.gold_model), map(_content, settings.gold_model)))
-    found = {"ppo_config": digest(yaml.safe_load(read_text(settings.ppo_config))), "data_path": file_digest(settings.data_path),
+    found = {"ppo_config": digest(read_ppo(settings)), "data_path": file_digest(settings.data_path),
              "gold_model": digest(golds), "bf16": digest(settings.bf16)}  # fmt: skip
     return found | ({"reward_model": digest(_content(settings.reward_model))} if cell.design == LEARNED else {})
 
@@ -186,14 +202,14 @@ def require_own_results(cell: Cell) -> None:
     for name, value in kept.get("made_with", {}).items():
         if value != now.get(name):
             raise InputError(f"{cell.kept}: made with another --{name} than {getattr(cell.settings, name)}, expected another --results_dir")
-    policy = yaml.safe_load(read_text(cell.settings.ppo_config))["model_name"]
+    policy = read_ppo(cell.settings)["model_name"]
     if Path(policy).is_dir() and not is_same_sample(kept.get("policy_sample", {}), weight_sample(policy)):
         raise InputError(f"{cell.kept}: trained from another model than {policy} is now, expected another --results_dir")
 
 
 def require_own_runs(cell: Cell) -> None:
     """Raises InputError where what a cell has trained so far was trained with other settings; a run may be extended."""
-    settings = {**yaml.safe_load(read_text(cell.settings.ppo_config)), "bf16": cell.settings.bf16}
+    settings = {**read_ppo(cell.settings), "bf16": cell.settings.bf16}
     settings |= {"reward_model_name": [cell.settings.reward_model]} if cell.design == LEARNED else {}
     del settings["overall_steps"]
     for point in checkpoints_of(cell.run):
@@ -245,7 +261,7 @@ def keep(cell: Cell, typed: Sequence[Sequence[str]], made: dict[str, str]) -> No
         "made_with": made,
         "training_commit": ends[1].record["commit"],
         "cell": {"design": cell.design, "seed": cell.seed, "commands": [shlex.join(words) for words in typed]},
-        "policy_sample": weight_sample(metas[0]["model"]),
+        "policy_sample": ends[0].record["base_sample"],
         "constrained_rouge_l": overlaps,
         "eos_rate": {step: meta["eos_rate"] for step, meta in metas.items()},
     }
@@ -418,7 +434,7 @@ def main() -> None:
             require_own_results(cell)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
     if left and not settings.status:
-        backbone = yaml.safe_load(read_text(settings.ppo_config))["model_name"]
+        backbone = read_ppo(settings)["model_name"]
         if not Path(backbone).is_dir():
             raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; `make outputs/demo_backbone` makes the demo's")
         cores = len(os.sched_getaffinity(0))
@@ -428,6 +444,12 @@ def main() -> None:
         failures = run_cells(left, at_once, max(1, cores // at_once))
     kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
     if kept:
+        steps = {cell["cell"]["design"] + f"-{cell['cell']['seed']}": [row["step"] for row in cell["curve"]] for cell in kept}
+        for name, own in steps.items():
+            if own != (first := next(iter(steps.values()))):
+                raise InputError(f"{settings.results_dir}: {name} has the steps {own}, expected {first} as {next(iter(steps))} has")
+        if len({cell.get("kl_of", TRAINING) for cell in kept}) > 1:
+            print(f"KL of some cells is of {TRAINING}, of others of {DEVELOPMENT}: the two are not compared")
         entries = summarise(kept)
         results = Path(settings.results_dir)
         with atomic_path(results / "table.md") as temporary:

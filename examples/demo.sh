@@ -2,6 +2,7 @@
 # One question on the embedded models: does gold follow a proxy that rewards length alone, and does it follow the full design?
 # Run by `make demo`, which sets all up. SEED=7 make demo is another run.
 set -euo pipefail
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # what trains beside this would hold its folder
 trap 'exit 130' INT  # run_ppo.py ends with 0 when it is stopped, and the next stage is not to begin then
 seed=${SEED:-42}
 output=outputs/demo

@@ -4,7 +4,8 @@
 
 OpenRLHF calls `reward_func(queries, prompts, labels)` from worker threads: `queries` are prompts with their responses, special tokens
 and all; `labels` come from the dataset's label column, here a JSON text {"query": ..., "qtype": ..., "reference": ...}.
-It wants rewards to train on, scores to show, and numbers to log. The environment variable RELEVANCE_MODEL names the encoder.
+It wants rewards to train on, scores to show, and numbers to log. The environment variable RELEVANCE_MODEL names the encoder,
+MAX_LENGTH the longest response in tokens (512), which is that of the command's --generate_max_len.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reward_model import DEFAULT_RELEVANCE, ReversedEngineeredRewardForInference
 
-SPECIAL_TOKENS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<eos>")
+SPECIAL_TOKENS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<end_of_turn>", "<|end|>")
 
 _loading = threading.Lock()
 _loaded: list[ReversedEngineeredRewardForInference] = []
@@ -34,6 +35,7 @@ def _reward() -> ReversedEngineeredRewardForInference:
             _loaded.append(
                 ReversedEngineeredRewardForInference(
                     "alpaca",
+                    int(os.environ.get("MAX_LENGTH", "512")),
                     repetition_penalty=True,
                     relevance_scaling=True,
                     reward_branching=True,

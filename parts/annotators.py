@@ -58,8 +58,8 @@ def rows_and_instructions(path: str) -> tuple[list[dict], list[str]]:
     """Read rows of either schema, and the instruction of each.
 
     Raises:
-        InputError: an unusable file, a row with neither `input` nor `instruction`, an empty instruction, or an output that is
-            not text.
+        InputError: an unusable file, a row with neither `input` nor `instruction`, an empty instruction, an output that is not text, or a
+            value that JSON has no word for.
     """
     rows = read_rows(path, {})
     prompts = []
@@ -72,6 +72,10 @@ def rows_and_instructions(path: str) -> tuple[list[dict], list[str]]:
             raise InputError(f"{path}: row {number}: field '{names[0]}' is {value!r}, expected an instruction")
         if not isinstance(row.get("output") or "", str):
             raise InputError(f"{path}: row {number}: field 'output' is {type(row['output']).__name__}, expected text")
+        try:
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except ValueError as error:  # half of a surrogate pair, NaN: the annotated rows could not be written
+            raise InputError(f"{path}: row {number}: cannot be written as JSON ({error})") from None
         prompts.append(value)
     return rows, prompts
 

@@ -125,8 +125,7 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
         if name not in designs:
             raise InputError(f"--designs holds {name!r}, expected some of {'; '.join(designs)}")
     designs = {name: designs[name] for name in settings.designs or designs}
-    needed = set(proxy.dataset_fields) - {"qtype", "output"} or proxy.reward_function
-    data_path = settings.data_path or (samples.meta.get("data_path") if needed else None)
+    data_path = settings.data_path or (samples.meta.get("data_path") if proxy.reads_besides("qtype", "output") else None)
     if data_path:
         references = match_rows(data_path, samples.instructions, proxy.dataset_fields, path)
     else:

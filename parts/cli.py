@@ -97,7 +97,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 def _truth(text: str) -> bool:
     """What a switch's value says, in TRL's and transformers' spellings."""
-    known = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
+    known = {**dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)}
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r}, expected true or false")
     return known[text.lower()]
@@ -292,12 +292,12 @@ def _all_optional(cls: type, otherwise: str) -> type:
 
 
 def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
-    """The settings of a YAML file as words of a command line, so both are read by the same rules."""
+    """The settings of a YAML file as words of a command line, so both are read by the same rules. A null is not given."""
     if not path:
         return []
     text = read_text(path)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Words)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise InputError(f"{path}: broken YAML{line}") from None
@@ -313,4 +313,14 @@ def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
-    return words
+    return [*words, f"--config={path}"]  # which ends a list, before the files that may follow
+
+
+class _Words(yaml.SafeLoader):
+    """YAML whose scalars stay the texts that are written, all but null: 010 is no octal, and 1.10 a name."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}

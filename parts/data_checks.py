@@ -145,10 +145,10 @@ class Tokens:
     template: ChatTemplate
     max_prompt_length: int
 
-    def of_prompt(self, text: str) -> int:
-        from parts.chat_templates import encode_instructions
+    def of_prompt(self, row: dict, field: str) -> int:
+        from parts.chat_templates import encode_rows
 
-        return len(encode_instructions(self.tokenizer, self.template, [text])[0])
+        return len(encode_rows(self.tokenizer, self.template, [row], field)[0])
 
     def of_output(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -283,7 +283,7 @@ def _examine_texts(report: Report, row: dict, number: int, long_text: int, token
             continue
         report.lengths[f"{name} words"][len(text.split())] += 1
         if tokens is not None and lone_surrogate(text) is None:
-            count = tokens.of_output(text) if name == "output" else tokens.of_prompt(text)
+            count = tokens.of_output(text) if name == "output" else tokens.of_prompt(row, name)
             report.lengths[f"{name} tokens"][count] += 1
             if name == "input" and (problem := too_long(count, tokens.max_prompt_length)):
                 report.add(Problem("long prompt", problem, number))

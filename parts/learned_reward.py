@@ -40,6 +40,11 @@ class LearnedReward:
             self.device = self.members[column].model.device
             self._move(column, "cpu")
 
+    @property
+    def dtype(self) -> str:
+        """That of the weights."""
+        return str(next(iter(self.members.values())).model.dtype).removeprefix("torch.")
+
     def get_reward(self, batch: Mapping[str, Sequence]) -> list[float]:
         """One float a row."""
         return self.score(batch)["total"]

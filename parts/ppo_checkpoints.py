@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from parts.chat_templates import template_digest
 from parts.errors import InputError
 from parts.files import clear_leftovers, file_digest, is_same_path, read_json, remove_folder
-from parts.processes import is_first_process, launched_processes
+from parts.processes import is_first_process, launch_facts, launched_processes
 from parts.runs import RECORD, interrupted_path
 from parts.runs import checkpoints_of as folders_of
 from parts.weight_samples import is_same_sample, weight_sample
@@ -122,29 +121,22 @@ def check_settings(folder: Path, settings, processes: int) -> None:
         for name, value in asdict(settings).items()
         if name not in harmless and not _is_same(before.get(name), value, name in paths)
     ]
-    if changes and not settings.allow_changed_settings:
-        raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
-    if changes:
-        print(f"{folder}: resumes although {'; '.join(changes)}")
+    _refuse_or_say(folder, changes, settings)
 
 
 def check_template(folder: Path, settings, template: ChatTemplate) -> None:
     """As `check_settings`, for the chat template, which takes a tokenizer."""
     record = read_json(folder / RECORD)
-    if record.get("template") != settings.chat_template_name or record.get("template_digest", "") in ("", template_digest(template)):
-        return
-    change = f"the chat template '{settings.chat_template_name}' has changed since"
-    if not settings.allow_changed_settings:
-        raise InputError(f"{folder}: {change} (--allow_changed_settings=true resumes all the same)")
-    print(f"{folder}: resumes although {change}")
+    known = record.get("template") == settings.chat_template_name and record.get("template_digest")
+    if known and known != template_digest(template):
+        _refuse_or_say(folder, [f"the chat template '{settings.chat_template_name}' has changed since"], settings)
 
 
-def launch_facts() -> dict[str, str | bool]:
-    """What `accelerate launch` chose, which a checkpoint's state and numbers depend on."""
-    return {
-        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-    }
+def _refuse_or_say(folder: Path, changes: Sequence[str], settings) -> None:
+    if changes and not settings.allow_changed_settings:
+        raise InputError(f"{folder}: {'; '.join(changes)} (--allow_changed_settings=true resumes all the same)")
+    if changes:
+        print(f"{folder}: resumes although {'; '.join(changes)}")
 
 
 def _said(launch: Mapping) -> str:

@@ -31,7 +31,7 @@ from parts.chat_templates import template_digest
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import load_causal_lm
-from parts.ppo_checkpoints import launch_facts
+from parts.processes import launch_facts
 from parts.rewards import reward_name
 from parts.runs import RECORD, provenance
 from parts.weight_samples import weight_sample

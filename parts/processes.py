@@ -80,3 +80,11 @@ class StopRequest:
         from accelerate.utils import gather_object
 
         return any(gather_object([self.asked]))
+
+
+def launch_facts() -> dict[str, str | bool]:
+    """What `accelerate launch` chose, which a checkpoint's state and numbers depend on."""
+    return {
+        "deepspeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }

@@ -33,6 +33,7 @@ class ScoredRun:
         proxy: [checkpoints, rows].
         gold: gold's name to [checkpoints, rows], or [checkpoints, 1] where only means are known.
         kl: [checkpoints] mean KL from the start in nats per response; None where no log has it.
+        kl_of: the rollouts that the KL is of, as `runs.read_kl` says.
         found: gold's name to what `correlations` found.
         design: the reward in symbols, "LI * RP" for example: runs of one design are seeds of it.
         own: whether the run is known to have been trained on this proxy.
@@ -52,6 +53,7 @@ class ScoredRun:
     found: dict[str, dict] = field(default_factory=dict)
     design: str = ""
     own: bool = False
+    kl_of: str = ""
 
 
 def spearman(proxy: np.ndarray, gold: np.ndarray) -> float | None:
@@ -146,7 +148,7 @@ def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int 
     return steps[peak] if beyond else None
 
 
-def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float]:
+def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float | None]:
     """Mean of last - first over the rows, and its standard error (sample standard deviation / sqrt(rows)), None for a lone row."""
     differences = last - first
     return {

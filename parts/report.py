@@ -110,6 +110,7 @@ def write_run(folder: Path, run: ScoredRun, record: dict) -> None:
         "gains": gains(run),
         "scaling": fit_golds(run.steps, run.kl, run.gold),
         "curve": curve(run),
+        "kl_of": run.kl_of,
         "per_row": per_row,
         "provenance": record,
     }

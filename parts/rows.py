@@ -90,10 +90,12 @@ def match_rows(path: str | Path, instructions: Sequence[str], fields: Mapping[st
     differing = {
         row["instruction"]
         for row in rows
-        if row["instruction"] in wanted and any(row.get(name) != by_instruction[row["instruction"]].get(name) for name in fields)
+        if row["instruction"] in wanted and any(row.get(name) != by_instruction[row["instruction"]].get(name) for name in fields or row)
     }
     if differing:
-        say_once(f"{path}: {len(differing)} instructions come twice and differ in {' or '.join(fields)}: the last row of each counts")
+        say_once(
+            f"{path}: {len(differing)} instructions come twice and differ in {' or '.join(fields) or 'other columns'}: the last row of each counts"
+        )
     for number, instruction in enumerate(instructions, start=1):
         if instruction not in by_instruction:
             raise InputError(f"{path}: no row for row {number} of {wanted_by}, expected the instruction {instruction[:60]!r}")

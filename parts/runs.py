@@ -294,11 +294,12 @@ def begin_training(unfinished: Path, fingerprint: str, resumed: Path | None) -> 
     (unfinished / "fingerprint").write_text(fingerprint, encoding="utf-8")
 
 
+DEVELOPMENT, TRAINING = "development rollouts", "training rollouts"
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
-def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
-    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; None where they do not say.
+def read_kl(trained: Mapping, steps: Sequence[int]) -> tuple[list[float | None], str]:
+    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; and of which rollouts it is.
 
     It is that of the development rollouts. Runs that did not measure it have the KL of training rollouts: of those drawn before a step's
     update, so that checkpoint k's stand at step k + 1. A batch is small, so the mean over `KL_WINDOW` steps on either side is taken.
@@ -306,23 +307,26 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> list[float | None]:
     Args:
         trained: the settings of the run; empty where there is no record of them.
         steps: of the checkpoints.
+
+    Returns:
+        [steps], None where the metrics do not say; and `DEVELOPMENT`, `TRAINING`, or nothing where there are no metrics.
     """
     path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
     if not trained or not path.is_file():
-        return [None] * len(steps)
+        return [None] * len(steps), ""
     lines = [line for line in JsonLines(path).read() if isinstance(line, dict)]
 
     def logged_as(name: str) -> dict[int, float]:
         return {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float) and "step" in line}
 
-    measured, logged = logged_as("dev/kl"), logged_as("objective/kl")
+    measured, logged = logged_as("dev/objective/kl"), logged_as("objective/kl")
     if all(step in measured for step in steps if step):
-        return [measured[step] if step else 0.0 for step in steps]
+        return [measured[step] if step else 0.0 for step in steps], DEVELOPMENT
     kl: list[float | None] = []
     for step in steps:
         near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]
         kl.append(0.0 if step == 0 else sum(near) / len(near) if near else None)
-    return kl
+    return kl, TRAINING
 
 
 # ------------------------------------------------------------------------------------------------------------ provenance

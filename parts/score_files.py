@@ -6,16 +6,18 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.chat_templates import load_template
+from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.cli import Settings, setting
 from parts.errors import InputError
-from parts.files import check_writable, write_json
-from parts.models import check_device
+from parts.files import check_writable, is_same_path, read_json, write_json
+from parts.models import check_device, load_tokenizer, use_cache
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
-from parts.runs import provenance, without_records
+from parts.runs import Checkpoint, meta_path, provenance, without_records
+from parts.scores import Proxies
 
 if TYPE_CHECKING:
     from typing import Any
@@ -27,8 +29,10 @@ class ScoreFileSettings(Settings):
     data_path: str = setting(
         "", "rows of the same instructions with qtype and reference (`output`), where the reward reads them", path=True, group=("files", "")
     )
-    chat_template_name: str = setting("alpaca", "template whose stop strings end a response")
-    output_max_length: int = setting(512, "longest response in tokens, as the rescaling F uses it")
+    chat_template_name: str = setting("", "template whose stop strings end a response; empty means that of the file's record, else alpaca")
+    output_max_length: int = setting(
+        0, "longest response in tokens, as the rescaling F uses it; 0 means that of the run's record, else 512", least=0
+    )
     cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
     output: str = setting("", "file for the components of every row, as JSON", written=True)
@@ -42,6 +46,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         InputError: an unusable file or reward.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    use_cache(settings.cache_dir)
 
     # 1. Everything a user can get wrong, before any model loads.
     rollouts = {path: read_rows(path, {"instruction": None, "output": None}) for path in without_records(settings.files)}
@@ -55,23 +60,27 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         batches[path] = reward_batch(instructions, [row["output"] for row in rows], data)
     rewards.check_reward()
     if settings.output:
+        if read := next((path for path in (*rollouts, settings.data_path) if is_same_path(path, settings.output)), None):
+            raise InputError(f"--output: {settings.output} is {read}, which is read, expected another file")
         check_writable(settings.output)
     check_device(settings.device)
-    template = load_template(settings.chat_template_name)
+    ways = {path: how_made(settings, path) for path in rollouts}
 
     # 2. Scores.
     from tqdm import tqdm
 
-    reward = rewards.load_reward(template, settings.output_max_length, settings.device or None, settings.cache_dir or None)
-    every = {"every_feature": True} if rewards.is_proxy else {}
-    tables = {path: reward.score(batch, **every) for path, batch in tqdm(batches.items(), desc="scores", unit="file", disable=None)}
+    proxies, every = Proxies(settings.device or None), {"every_feature": True} if rewards.is_proxy else {}
+    tables = {}
+    for path, batch in tqdm(batches.items(), desc="scores", unit="file", disable=None):
+        reward = proxies(rewards, *ways[path])
+        tables[path] = reward.score(batch, **every)
 
     # 3. Table, file.
     means = {path: {name: column_mean(column) for name, column in table.items()} for path, table in tables.items()}
     if settings.output:
         record = provenance(
-            dtype="float32",
-            template=template.name,
+            dtype=getattr(reward, "dtype", "float32"),
+            template={path: template.name for path, (template, _) in ways.items()},
             model=rewards.named or rewards.relevance_model_name,
             reward_source=rewards.reward_source(),
             settings={**asdict(settings), **asdict(rewards)},
@@ -84,6 +93,22 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         print_table({path: len(rows) for path, rows in rollouts.items()}, means)
 
 
+def how_made(settings: ScoreFileSettings, path: str) -> tuple[ChatTemplate, int]:
+    """The template whose stop strings end a file's responses, and their longest length: the settings', else those of the records beside it.
+
+    Raises:
+        InputError: no such template, or no record of the tokenizer whose template it is.
+    """
+    meta = read_json(meta_path(path)) if meta_path(path).is_file() else {}
+    trained = Checkpoint(Path(path).parent).trained if meta else {}
+    name = settings.chat_template_name or meta.get("template", "alpaca")
+    tokenizer = trained.get("tokenizer_name") or meta.get("model")
+    if name == TOKENIZER_OWN and not tokenizer:
+        raise InputError(f"--chat_template_name=tokenizer: no record beside {path} names the model, expected a template by name")
+    template = load_template(name, load_tokenizer(tokenizer) if name == TOKENIZER_OWN else None)
+    return template, settings.output_max_length or trained.get("output_max_length", 512)
+
+
 def rows_of(batch: Mapping[str, list], table: Mapping[str, list]):
     """Every row's number (from 1), instruction and components."""
     for number, (query, *values) in enumerate(zip(batch["query"], *table.values()), start=1):
@@ -92,9 +117,9 @@ def rows_of(batch: Mapping[str, list], table: Mapping[str, list]):
 
 def print_table(rows: Mapping[str, int], means: Mapping[str, Mapping[str, float | None]]) -> None:
     """A line a file: its number of rows, and the mean of each column that has one anywhere."""
-    names = [name for name in next(iter(means.values())) if any(mean[name] is not None for mean in means.values())]
+    names = dict.fromkeys(name for mean in means.values() for name, value in mean.items() if value is not None)
     width = max(map(len, means))
     print(f"{'file':<{width}} {'rows':>6} " + " ".join(f"{name:>{max(len(name), 8)}}" for name in names))
     for path, mean in means.items():
-        cells = (f"{'-' if mean[name] is None else format(mean[name], '.4f'):>{max(len(name), 8)}}" for name in names)
+        cells = (f"{'-' if mean.get(name) is None else format(mean[name], '.4f'):>{max(len(name), 8)}}" for name in names)
         print(f"{path:<{width}} {rows[path]:>6} " + " ".join(cells))

@@ -131,9 +131,29 @@ def test_nothing_begins_after_an_interruption(tmp_path, typed, monkeypatch):
     assert len(typed) < 50
 
 
-def test_an_unknown_design_is_one_line():
-    done = run_script("examples/ablation.py", "--designs", "LI", "RP")
-    assert done.returncode == 2 and done.stderr == "error: --designs holds 'RP', expected some of LI, LI-RP, LI-RP-QR, full, learned\n"
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--designs", "LI", "RP"], "--designs holds 'RP', expected some of LI, LI-RP, LI-RP-QR, full, learned"),
+        (["--designs", "LI", "LI"], "--designs names one twice, expected each once"),
+        (["--seeds", "1", "1"], "--seeds names one twice, expected each once"),
+        (["--steps", "20", "30", "40"], "--steps is [20, 30, 40], expected at least three, and 0 among them"),
+        (["--ppo_config=configs/paper.yaml"], "paper.yaml: no setting model_name, expected it for the cells"),
+    ],
+)
+def test_settings_that_are_refused(words, message, tmp_path):
+    done = run_script("examples/ablation.py", f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(f"{message}\n")
+
+
+def test_cells_of_other_steps_are_no_mean(tmp_path):
+    """Gains to step 10 beside those to step 5."""
+    table = [[0, 0], [1, 1], [2, 4]], [[3, 3], [2, 2], [1, 1]], [[0.5], [0.4], [0.3]]
+    (tmp_path / "LI-1.json").write_text(json.dumps(cell("LI", 1, *table)))
+    (tmp_path / "LI-2.json").write_text(json.dumps(cell("LI", 2, *(rows[:2] for rows in table))))
+    done = run_script("examples/ablation.py", "--status=true", f"--results_dir={tmp_path}", "--designs=LI", "--seeds", "1", "2")
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}: LI-2 has the steps [0, 5], expected [0, 5, 10] as LI-1 has\n"
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_the_config_has_no_unknown_setting():

@@ -333,6 +333,8 @@ def test_addresses(monkeypatch):
         ({"input": " "}, "row 2: field 'input' is ' ', expected an instruction"),
         ({"instruction": 3}, "row 2: field 'instruction' is 3, expected an instruction"),
         ({"input": "a", "output": ["b"]}, "row 2: field 'output' is list, expected text"),
+        ({"input": "a", "score": math.nan}, "row 2: cannot be written as JSON"),
+        ({"input": "a", "note": "\ud83d"}, "row 2: cannot be written as JSON"),
     ],
 )
 def test_rows_that_cannot_be_annotated(tmp_path, row, text):

@@ -124,6 +124,7 @@ def test_the_script_counts_a_folder(tiny_model):
     ("words", "message"),
     [
         (["--gpus", "8", "0"], "--gpus is [8, 0], expected numbers of at least 1"),
+        (["--output_max_length=128"], "--response_tokens is 256, expected output_max_length = 128 at most"),
         (["--zero_stages", "1"], "--zero_stages is [1], expected 2, 3 or both"),
         (["--model=models/none"], "models/none: no such folder"),
     ],

@@ -330,16 +330,21 @@ def test_a_model_without_padding_is_trained_as_it_is_scored(tiny_gold, tmp_path)
 def test_what_an_adapter_was_trained_on_is_not_held_out(tmp_path):
     settings = {"heldout_share": 0.15, "heldout_systems": ["one", "two"]}
     (tmp_path / "training_record.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    preferences = tmp_path / "pairs.jsonl"
+    preferences.write_text("{}", encoding="utf-8")
 
     def now(**changes) -> train_gold_rm.GoldTrainingSettings:
-        return train_gold_rm.GoldTrainingSettings(preferences="p", output_dir=str(tmp_path), **changes)
+        return train_gold_rm.GoldTrainingSettings(preferences=str(preferences), output_dir=str(tmp_path), **changes)
 
     train_gold_rm.require_unseen(now())
     train_gold_rm.require_unseen(now(heldout_share=0.1, heldout_systems=["two"]))
     with pytest.raises(InputError, match=r"--heldout_share is 0.9, expected 0.15 at most, with which .* was trained"):
         train_gold_rm.require_unseen(now(heldout_share=0.9))
-    with pytest.raises(InputError, match=r"--heldout_systems holds 'gpt4', which .* was trained on, expected some that it was not"):
+    with pytest.raises(InputError, match=r"--heldout_systems holds 'gpt4', which .* did not hold out, expected some that it did"):
         train_gold_rm.require_unseen(now(heldout_systems=["two", "gpt4"]))
+    record = {"settings": settings, "data": {"preferences": "of another file"}}
+    (tmp_path / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
+    train_gold_rm.require_unseen(now(heldout_share=0.9, heldout_systems=["gpt4"]))
     (tmp_path / "training_record.json").unlink()
     train_gold_rm.require_unseen(now(heldout_share=0.9))
 

@@ -136,13 +136,13 @@ def test_kl_is_that_of_the_steps_after_a_checkpoint(tmp_path):
     lines = [{"step": step, "objective/kl": float(step)} for step in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     # checkpoint 4: steps 3 to 7; checkpoint 8: steps 7 and 8, the last ones there are; checkpoint 20: none
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8, 20]) == [0.0, 5.0, 7.5, None]
-    assert read_kl({}, [0, 4]) == [None, None]
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8, 20]) == ([0.0, 5.0, 7.5, None], "training rollouts")
+    assert read_kl({}, [0, 4]) == ([None, None], "")
     # That of the development rollouts, where each checkpoint has it.
-    lines[3]["dev/kl"], lines[7]["dev/kl"] = 4.25, 8.5
+    lines[3]["dev/objective/kl"], lines[7]["dev/objective/kl"] = 4.25, 8.5
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8]) == [0.0, 4.25, 8.5]
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 3, 8]) == [0.0, 4.0, 7.5]
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8]) == ([0.0, 4.25, 8.5], "development rollouts")
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 3, 8]) == ([0.0, 4.0, 7.5], "training rollouts")
 
 
 def test_names_of_golds():
@@ -301,7 +301,7 @@ def test_a_column_of_the_data_set_is_found_by_the_record(tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"instruction": "a", "keywords": "x"}]), encoding="utf-8")
     point = SimpleNamespace(rows=[{"instruction": "a"}], meta={"data_path": str(data)}, rollouts=tmp_path / "rollouts.json")
-    proxy = SimpleNamespace(dataset_fields={"keywords": None}, reward_function=[])
+    proxy = SimpleNamespace(dataset_fields={"keywords": None}, reads_besides=lambda *known: set(proxy.dataset_fields) - set(known))
     assert read_references(SimpleNamespace(data_path=""), [point], proxy) == [{"instruction": "a", "keywords": "x"}]
     proxy.dataset_fields = {"qtype": None}
     assert read_references(SimpleNamespace(data_path=""), [point], proxy) == [{"qtype": None}]

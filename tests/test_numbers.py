@@ -148,7 +148,7 @@ def test_a_metrics_line_that_was_cut_short_is_no_kl(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "objective/kl": 2.0}\n{"step": 2, "objective/kl": null}\n{"step": 3, "obj', encoding="utf-8"
     )
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 1]) == [0.0, 2.0]
+    assert read_kl({"logging_dir": str(tmp_path)}, [0, 1])[0] == [0.0, 2.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- user code

@@ -53,7 +53,7 @@ def test_checkpoints_hold_what_they_should(trained, tiny_model):
     record = read_json(trained / "tiny_step_3" / "training_record.json")
     assert record["step"] == 3 and record["seed"] == 42 and record["dtype"] == "float32" and record["model"] == str(tiny_model)
     assert record["settings"]["repetition_penalty"] is True
-    columns = ("length", "repetition", "total", "kl")
+    columns = ("length", "repetition", "total", "objective/kl")
     groups = ("", "/CONSTRAINED", "/OPENENDED")
     assert set(record["development"]) == {f"dev/{column}{group}" for column in columns for group in groups}
     assert len(record["reward_source"]["reward_model.py"]) == 64
@@ -86,7 +86,8 @@ def test_logged_rewards_are_the_formula(trained):
     assert [row["step"] for row in log] == [1, 2, 3]
     assert log[2]["dev/total"] == pytest.approx(sum(totals) / len(totals))
     assert log[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the policy starts as its reference
-    assert log[2]["dev/kl"] == pytest.approx(statistics.fmean(row["scores"]["kl"] for row in rows), abs=1e-6) and log[2]["dev/kl"] != 0
+    measured = log[2]["dev/objective/kl"]
+    assert measured == pytest.approx(statistics.fmean(row["kl"] for row in rows), abs=1e-6) and measured != 0
     assert 0 <= log[0]["reward/eos_rate"] <= 1 and 1 <= log[0]["reward/response_tokens"] <= 10
     start = json.loads((trained / "tiny_step_0" / "development_rollouts.json").read_text(encoding="utf-8"))
     lengths = [row["scores"]["length"] for row in start]

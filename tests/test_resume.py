@@ -137,7 +137,8 @@ def test_what_may_change_is_said(rows_file, tmp_path, capsys, monkeypatch):
     from parts.chat_templates import ChatTemplate, load_template, template_digest
     from parts.errors import InputError
     from parts.files import file_digest
-    from parts.ppo_checkpoints import check_settings, check_template, launch_facts
+    from parts.ppo_checkpoints import check_settings, check_template
+    from parts.processes import launch_facts
     from run_ppo import PPOSettings
 
     def settings(**changes) -> PPOSettings:

@@ -12,9 +12,11 @@ from conftest import REPOSITORY, ROWS, run_script
 
 from parts.chat_templates import load_template
 from parts.errors import InputError
+from parts.files import read_json
 from parts.overlap import bleu, rouge_l
 from parts.relevance import EmbeddingStore, RelevanceModel
 from parts.rewards import FunctionReward, ensemble_total, load_reward_function, member_columns, reward_batch, reward_name
+from parts.score_files import ScoreFileSettings, how_made
 from reward_model import (
     ReversedEngineeredRewardForInference,
     RewardSettings,
@@ -547,9 +549,37 @@ def test_scoring_command(tmp_path, eval_file):
     assert own.returncode == 0 and "plainness" in own.stdout.splitlines()[0]
 
 
+def test_a_file_is_scored_as_its_record_says(tmp_path, tiny_model):
+    """alpaca's stop strings would cut the text at the rule; the run had its tokenizer's own template, and responses of 96 tokens."""
+    folder = tmp_path / "run_step_2"
+    folder.mkdir()
+    rows = [{"instruction": "Plan.", "output": "Here is a plan.\n\n---\n\n1. Do this."}]
+    (folder / "rollouts.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = ["reward_model.py", folder / "rollouts.json", "--relevance_scaling=false", "--reward_branching=false", "--json=true"]
+
+    def length(*more: str) -> float:
+        done = run_script(*words, *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)[str(folder / "rollouts.json")]["length"]
+
+    assert length() == 0.05
+    (folder / "rollouts.meta.json").write_text(json.dumps({"template": "tokenizer", "model": str(tiny_model)}), encoding="utf-8")
+    (folder / "training_record.json").write_text(json.dumps({"settings": {"output_max_length": 96}}), encoding="utf-8")
+    assert length(f"--output={tmp_path}/scores.json") == pytest.approx(0.11)
+    assert read_json(tmp_path / "scores.json")["provenance"]["template"] == {str(folder / "rollouts.json"): "tokenizer"}
+    assert how_made(ScoreFileSettings(), str(folder / "rollouts.json"))[1] == 96
+    assert length("--chat_template_name=alpaca") == 0.05
+    done = run_script(*words, f"--output={folder}/rollouts.json")
+    assert done.returncode == 2 and "rollouts.json, which is read, expected another file" in done.stderr
+    (folder / "rollouts.meta.json").unlink()
+    done = run_script(*words, "--chat_template_name=tokenizer")
+    assert done.returncode == 2 and "names the model, expected a template by name" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--reward_function=examples/my_reward.py:hedging", "--length_target=100"], "--length_target: examples/my_reward.py:hedging does not read it"),
         ([], "--data_path is missing, expected the rows' qtype and reference"),
         (["--data_path=nowhere.json"], "nowhere.json: no such file"),
         (["--relevance_scaling=false", "--reward_branching=false", "--reward_function=examples/my_reward.py:nothing"], "no function 'nothing' in it"),

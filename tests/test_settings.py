@@ -44,6 +44,27 @@ def test_both_spellings_and_yaml_with_overrides(tmp_path):
     assert parse_settings(Example, ["--steps", "9", f"--config={config}", "--active=true"]) == Example(1e-4, 9, True, ["x", "y"])
 
 
+def test_yaml_means_what_the_same_words_mean(tmp_path):
+    """A scalar is the text that is written, but for null; a list ends before what follows."""
+
+    @dataclass
+    class Files(Settings):
+        files: list[str] = setting([], "files", positional=True)
+        name: str = setting("", "a name")
+        names: list[str] = setting(["a"], "some names")
+        steps: int = setting(10, "a count")
+        active: bool = setting(False, "a switch")
+
+    config = tmp_path / "c.yaml"
+    config.write_text("name: 1.10\nsteps: 010\nactive: on\nnames: [x, 1_0]\n", encoding="utf-8")
+    found = parse_settings(Files, ["a.json", "b.json", "--config", str(config)])
+    assert (found.files, found.name, found.names, found.steps, found.active) == (["a.json", "b.json"], "1.10", ["x", "1_0"], 10, True)
+    assert parse_settings(Files, ["--config", str(config), "a.json"]).files == ["a.json"]
+    config.write_text("name: null\nsteps:\nactive: ~\n", encoding="utf-8")
+    found = parse_settings(Files, ["a.json", f"--config={config}"])
+    assert (found.name, found.steps, found.active) == ("", 10, False)
+
+
 @pytest.mark.parametrize(
     ("yaml", "words", "message"),
     [

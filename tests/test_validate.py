@@ -310,6 +310,11 @@ def test_prompts_are_counted_in_tokens_as_for_training(tmp_path, tiny_model, row
     unreadable = write(tmp_path / "half.json", [{"input": "a\ud800", "output": "b"}])
     report = examine(unreadable, tokens=Tokens(tokenizer, load_template("tokenizer", tokenizer), 512))
     assert (report.errors, list(report.lengths)) == ({"lone surrogate": 1}, ["input words", "output words", "output tokens"])
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "A cat?"}]
+    asked = write(tmp_path / "turns.json", [{"input": "User: Hi\n\nAssistant: Hello\n\nUser: A cat?", "output": "b", "messages": turns}])
+    report = examine(asked, tokens=Tokens(tokenizer, load_template("tokenizer", tokenizer), 512))
+    own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert list(report.lengths["input tokens"]) == [len(tokenizer(own)["input_ids"])]
     done = run_script(*words, f"--max_prompt_length={longest}")
     row = lengths.index(longest) + 1
     assert (done.returncode, done.stderr) == (2, f"error: {lengths.count(longest)} problem in 1 of 1 files\n")
