@@ -134,7 +134,7 @@ def test_rows_that_differ_are_said(tmp_path, capsys):
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert [row["output"] for row in match_rows(path, ["b", "a"], {"output": None}, "x")] == ["2", "3"]
     assert "1 instructions come twice and differ in output: the last row of each counts" in capsys.readouterr().out
-    assert match_rows(path, ["b"], {}, "x")[0]["output"] == "2"  # a reward function reads all columns
+    assert match_rows(path, ["b", "a"], {}, "x")[1]["output"] == "3"  # a reward function reads all columns
     assert "1 instructions come twice and differ in other columns: the last row of each counts" in capsys.readouterr().out
     assert match_rows(path, ["b"], {"output": None}, "x")[0]["output"] == "2"
     assert match_rows(path, ["a", "b", "a"], {"output": None}, "x") == rows  # in the file's own order nothing is ambiguous

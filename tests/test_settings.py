@@ -72,7 +72,7 @@ def test_yaml_means_what_the_same_words_mean(tmp_path):
         ("step: 3\n", [], "c.yaml: unknown setting 'step', did you mean steps?"),
         ("steps: 1\n", ["--nmes", "a"], "unrecognized arguments: --nmes a, did you mean --names?"),
         ("steps: 1\n", ["--active=maybe"], "argument --active: 'maybe', expected true or false"),
-        ("rate: .nan\n", [], "--rate is nan, expected a finite number"),
+        ("rate: nan\n", [], "--rate is nan, expected a finite number"),
         ("steps: many\n", [], "argument --steps: invalid int value: 'many'"),
         ("- a\n", [], "c.yaml: expected a mapping of settings"),
         ("a: [\n", [], "c.yaml: broken YAML at line"),
