@@ -536,7 +536,7 @@ def main() -> None:
         ScoreFileSettings, description=__doc__, typed_only=RewardSettings, otherwise="as in the paper's full design"
     )
     rewards = RewardSettings(**{**FULL_DESIGN, **typed})
-    if not rewards.is_proxy and (idle := [field.name for field in fields(ProxySettings) if field.name in typed]):
+    if not rewards.is_proxy and (idle := [field.name for field in fields(ProxySettings) if typed.get(field.name)]):
         raise InputError(f"--{idle[0]}: {rewards.named} does not read it, expected it with the proxy alone")
     score_files(settings, rewards)
 
