@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parts.best_of_n_command import judge_best_of_n
-from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
+from parts.chat_templates import ChatTemplate, load_template, load_template_of
 from parts.cli import Settings, parse_settings, setting
 from parts.designs import (
     all_designs,
@@ -189,8 +189,6 @@ class Run:
 
 def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run:
     """A run with all that its proxy needs. Raises InputError as `choose_checkpoints`, and for rows or a reward that cannot be used."""
-    from parts.models import load_tokenizer
-
     checkpoints = choose_checkpoints(settings, prefix)
     trained = checkpoints[-1].trained
     proxy = proxy_of_run(trained, settings.batch_size, typed)
@@ -198,8 +196,7 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     references = read_references(settings, checkpoints, proxy)
     warn_of_changed_code(checkpoints[-1], proxy)
     name = settings.chat_template_name or trained.get("chat_template_name", "alpaca")
-    own = name == TOKENIZER_OWN and trained
-    template = load_template(name, load_tokenizer(trained.get("tokenizer_name") or trained.get("model_name") or "") if own else None)
+    template = load_template_of(name, trained.get("tokenizer_name") or trained.get("model_name", ""))
     return Run(
         prefix, checkpoints, trained, proxy, references, template, settings.output_max_length or trained.get("output_max_length", 512)
     )

@@ -242,6 +242,12 @@ def plan(
         if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
             prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
     paths = {"alpaca": rollouts_path, "superni": superni_path}
+    empty = [""] * len(data)
+    every_column = {
+        rollouts_path: digest(alpaca_rows(data, empty, "")),
+        samples_path: digest(sample_rows(data, empty, empty, "")),
+        superni_path: digest(list(map(asdict, instances))),
+    }
     jobs = []
     for checkpoint in checkpoints:
         weights = digest_weights(checkpoint)
@@ -263,17 +269,9 @@ def plan(
                 count = settings.num_samples
                 files = {samples_path(checkpoint.folder): digest({**facts, "samples": count}), **files}
             stream, own = "" if settings.common_draws else checkpoint.name, prompts[evaluation, template.name]
-            columns = {file: columns_of(evaluation, data, instances, file == samples_path(checkpoint.folder)) for file in files}
+            columns = {path(checkpoint.folder): written for path, written in every_column.items()}
             jobs.append(Job(checkpoint, evaluation, files, columns, template, own, decoding, stream, ends, count))
     return jobs
-
-
-def columns_of(evaluation: str, data: Sequence[dict], instances: Sequence[Instance], of_samples: bool) -> str:
-    """A digest of what an evaluation's file, or its file of several samples a row, holds besides its responses."""
-    if evaluation == "superni":
-        return digest(list(map(asdict, instances)))
-    empty = [""] * len(data)
-    return digest(sample_rows(data, empty, empty, "") if of_samples else alpaca_rows(data, empty, ""))
 
 
 def digest_weights(checkpoint: Checkpoint) -> list[str]:

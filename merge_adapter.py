@@ -70,8 +70,8 @@ def require_untied(model: PeftModel, name: str) -> None:
 
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None)
     for place, layer in model.named_modules():
-        is_alone = isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)  # which acts on both by itself
-        if is_alone and holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+        changes_weight = isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)  # which sees to both itself
+        if changes_weight and holders[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
             raise InputError(f"{name}: it is on {place}, whose weight another module shares, expected one that can be merged alone")
 
 

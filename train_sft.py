@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 --config_file configs/zero2-bf16.yaml train_sft.py ...     # GPUs, DeepSpeed ZeRO-2
     accelerate launch --config_file configs/zero2-bf16-cpu.yaml train_sft.py ...                   # two processes on a CPU
 
-The adapter of the demo's backbone, which answers shortly (some minutes on a CPU with bf16 instructions; assets/demo_backbone is one):
+The adapter of the demo's backbone, whose answers are short (some minutes on a CPU with bf16 instructions; assets/demo_backbone is one):
 
     python train_sft.py --config configs/demo_sft.yaml
 
@@ -320,22 +320,11 @@ def card(settings: SFTSettings, facts: dict) -> str:
 
 
 def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, record: dict, text: str) -> None:
-    """Write the folder: the model, LoRA added to the base model's own weights, in the base model's own precision; or the adapter alone."""
+    """Write the model folder, LoRA added to the base model's own weights, in the base model's own precision."""
     import torch
     from peft import PeftModel
-    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not settings.merge:
-        matrices = load_file(trained / ADAPTER_WEIGHTS)
-        if record["dtype"] == "bf16":
-            matrices = {name: matrix.bfloat16() for name, matrix in matrices.items()}
-        with atomic_path(settings.output_dir) as temporary:
-            temporary.mkdir()
-            shutil.copy(trained / ADAPTER, temporary)
-            save_file(matrices, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            _describe(temporary, record, text)
-        return
     base = AutoConfig.from_pretrained(settings.model_name, cache_dir=settings.cache_dir or None, trust_remote_code=False)
     dtype = base.dtype or torch.float32
     if settings.lora_r:
@@ -347,6 +336,20 @@ def write_model(trained: Path, settings: SFTSettings, tokenizer: PreTrainedToken
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _describe(temporary, record, text)
+
+
+def write_adapter(trained: Path, settings: SFTSettings, record: dict, text: str) -> None:
+    """Write the adapter's folder, LoRA alone, in bf16 after bf16 training."""
+    from safetensors.torch import load_file, save_file
+
+    matrices = load_file(trained / ADAPTER_WEIGHTS)
+    if record["dtype"] == "bf16":
+        matrices = {name: matrix.bfloat16() for name, matrix in matrices.items()}
+    with atomic_path(settings.output_dir) as temporary:
+        temporary.mkdir()
+        shutil.copy(trained / ADAPTER, temporary)
+        save_file(matrices, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _describe(temporary, record, text)
 
 
@@ -393,7 +396,7 @@ def main() -> None:
     chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS | {"model_name", *files}}
     launch = [processes, launch_facts()]
     fingerprint = digest([chosen, model_identity(settings.model_name), template_digest(template), files, launch])
-    base_sample = weight_sample(settings.model_name)
+    base = {} if settings.merge else {"base_sample": weight_sample(settings.model_name)}  # an adapter's record says what it is for
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
     if output.exists() and not settings.overwrite:
         if not (output / RECORD).is_file() or read_json(output / RECORD).get("fingerprint") != fingerprint:
@@ -441,12 +444,15 @@ def main() -> None:
             processes=processes,
             data=files,
             fingerprint=fingerprint,
+            **base,
             **facts,
             history=history,
             settings=asdict(settings),
         )
-        record |= {} if settings.merge else {"base_sample": base_sample}
-        write_model(trained, settings, tokenizer, record, card(settings, facts))
+        if settings.merge:
+            write_model(trained, settings, tokenizer, record, card(settings, facts))
+        else:
+            write_adapter(trained, settings, record, card(settings, facts))
         shutil.rmtree(unfinished)
         print(f"held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after {facts['steps']} steps: {output}")
     trainer.accelerator.wait_for_everyone()

@@ -444,10 +444,12 @@ def main() -> None:
         failures = run_cells(left, at_once, max(1, cores // at_once))
     kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
     if kept:
-        steps = {cell["cell"]["design"] + f"-{cell['cell']['seed']}": [row["step"] for row in cell["curve"]] for cell in kept}
-        for name, own in steps.items():
-            if own != (first := next(iter(steps.values()))):
-                raise InputError(f"{settings.results_dir}: {name} has the steps {own}, expected {first} as {next(iter(steps))} has")
+        steps = [[row["step"] for row in cell["curve"]] for cell in kept]
+        for cell, own in zip(kept, steps):
+            if own != steps[0]:
+                raise InputError(
+                    f"{settings.results_dir}: {cell['name']} has the steps {own}, expected {steps[0]} as {kept[0]['name']} has"
+                )
         if len({cell.get("kl_of", TRAINING) for cell in kept}) > 1:
             print(f"KL of some cells is of {TRAINING}, of others of {DEVELOPMENT}: the two are not compared")
         entries = summarise(kept)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parts.best_of_n import Ranking, divergence, judge_all, rank_all, subset_sizes
-from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
+from parts.chat_templates import ChatTemplate, load_template_of
 from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
@@ -113,8 +113,6 @@ class Choice:
 
 def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Choice:
     """Samples with all that their proxy needs. Raises InputError for samples, rows or a proxy that cannot be used."""
-    from parts.models import load_tokenizer
-
     samples = Samples(Path(path))
     count, trained = samples.count, samples.policy.trained
     if settings.write_best and int(settings.write_best[0]) > count:
@@ -131,8 +129,7 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
     else:
         references = samples.references(proxy.dataset_fields)
     name = settings.chat_template_name or samples.meta.get("template", "alpaca")
-    tokenizer_name = trained.get("tokenizer_name") or samples.meta.get("model")
-    template = load_template(name, load_tokenizer(tokenizer_name) if name == TOKENIZER_OWN and tokenizer_name else None)
+    template = load_template_of(name, trained.get("tokenizer_name") or samples.meta.get("model", ""))
     length = settings.output_max_length or trained.get("output_max_length", 512)
     return Choice(samples, proxy, references, template, length, designs)
 

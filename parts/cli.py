@@ -291,13 +291,23 @@ def _all_optional(cls: type, otherwise: str) -> type:
     return dataclasses.make_dataclass(f"Optional{cls.__name__}", fields)
 
 
+class _Words(yaml.SafeLoader):
+    """YAML whose scalars stay the texts that are written, except null: 010 is no octal, and 1.10 a name."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
     """The settings of a YAML file as words of a command line, so both are read by the same rules. A null is not given."""
     if not path:
         return []
     text = read_text(path)
     try:
-        content = yaml.load(text, Loader=_Words)  # noqa: S506 - a SafeLoader
+        content = _Words(text).get_single_data()
     except yaml.YAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise InputError(f"{path}: broken YAML{line}") from None
@@ -314,13 +324,3 @@ def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return [*words, f"--config={path}"]  # which ends a list, before the files that may follow
-
-
-class _Words(yaml.SafeLoader):
-    """YAML whose scalars stay the texts that are written, all but null: 010 is no octal, and 1.10 a name."""
-
-
-_Words.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}

@@ -6,20 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from parts.chat_templates import template_digest
+from parts.chat_templates import ChatTemplate, template_digest
 from parts.errors import InputError
 from parts.files import clear_leftovers, file_digest, is_same_path, read_json, remove_folder
 from parts.processes import is_first_process, launch_facts, launched_processes
 from parts.runs import RECORD, interrupted_path
 from parts.runs import checkpoints_of as folders_of
 from parts.weight_samples import is_same_sample, weight_sample
-
-if TYPE_CHECKING:
-    from parts.chat_templates import ChatTemplate
 
 # Settings that a resumed run may change: they do not reach its numbers.
 HARMLESS = {"resume_from_checkpoint", "allow_changed_settings", "overwrite", "log_with", "sample_freq", "save_total_limit", "cache_dir",

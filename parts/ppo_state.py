@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from parts.chat_templates import template_digest
+from parts.chat_templates import ChatTemplate, template_digest
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
 from parts.models import load_causal_lm
@@ -39,7 +39,6 @@ from parts.weight_samples import weight_sample
 if TYPE_CHECKING:
     from trl.trainer import RunningMoments
 
-    from parts.chat_templates import ChatTemplate
     from parts.ppo_metrics import Moments
     from parts.ppo_trainer import FastPPOTrainer
     from parts.sampling import Decoding

@@ -334,7 +334,9 @@ def read_kl(trained: Mapping, steps: Sequence[int]) -> tuple[list[float | None],
 
 def provenance(**facts: object) -> dict:
     """What every output records: commit, package versions and command line, plus the facts given (seed, dtype, model ...)."""
-    return {"commit": _commit(), "packages": _package_versions(), "command": sys.argv, **facts}
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(REPOSITORY)) if script.is_relative_to(REPOSITORY) else sys.argv[0]
+    return {"commit": _commit(), "packages": _package_versions(), "command": [name, *sys.argv[1:]], **facts}
 
 
 def _commit() -> str:

@@ -104,7 +104,8 @@ def require_same_prompts(several: Sequence[Samples]) -> None:
 def best_rows(samples: Samples, references: Sequence[Mapping], proxy: np.ndarray, n: int) -> list[dict]:
     """`{input, output, qtype}` rows for `train_sft.py`: of each row's first `n` samples the one that the proxy ranks first.
 
-    Of equals it is the first. Turns that a prompt was put together from stay with it, as `messages`. A row whose best response is empty is left out: there is nothing to learn in it.
+    Of equals it is the first. Turns that a prompt was put together from stay with it, as `messages`. A row whose best response is empty is
+    left out: there is nothing to learn in it.
     """
     rows = []
     for row, outputs, reference, best in zip(samples.rows, samples.outputs, references, proxy[:, :n].argmax(axis=1)):

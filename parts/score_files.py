@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
+from parts.chat_templates import ChatTemplate, load_template_of
 from parts.cli import Settings, setting
 from parts.errors import InputError
 from parts.files import check_writable, is_same_path, read_json, write_json
-from parts.models import check_device, load_tokenizer, use_cache
+from parts.models import check_device, use_cache
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
 from parts.runs import Checkpoint, meta_path, provenance, without_records
@@ -94,18 +94,11 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
 
 
 def how_made(settings: ScoreFileSettings, path: str) -> tuple[ChatTemplate, int]:
-    """The template whose stop strings end a file's responses, and their longest length: the settings', else those of the records beside it.
-
-    Raises:
-        InputError: no such template, or no record of the tokenizer whose template it is.
-    """
+    """The template whose stop strings end a file's responses, and their longest length: the settings', else those of the records beside it."""
     meta = read_json(meta_path(path)) if meta_path(path).is_file() else {}
     trained = Checkpoint(Path(path).parent).trained if meta else {}
     name = settings.chat_template_name or meta.get("template", "alpaca")
-    tokenizer = trained.get("tokenizer_name") or meta.get("model")
-    if name == TOKENIZER_OWN and not tokenizer:
-        raise InputError(f"--chat_template_name=tokenizer: no record beside {path} names the model, expected a template by name")
-    template = load_template(name, load_tokenizer(tokenizer) if name == TOKENIZER_OWN else None)
+    template = load_template_of(name, trained.get("tokenizer_name") or meta.get("model", ""))
     return template, settings.output_max_length or trained.get("output_max_length", 512)
 
 

@@ -45,7 +45,7 @@ def test_both_spellings_and_yaml_with_overrides(tmp_path):
 
 
 def test_yaml_means_what_the_same_words_mean(tmp_path):
-    """A scalar is the text that is written, but for null; a list ends before what follows."""
+    """A scalar is the text that is written, except null. A list ends before the files that follow."""
 
     @dataclass
     class Files(Settings):
