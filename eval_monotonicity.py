@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parts.best_of_n_command import judge_best_of_n
-from parts.chat_templates import ChatTemplate, load_template, load_template_of
+from parts.chat_templates import ChatTemplate, load_template
 from parts.cli import Settings, parse_settings, setting
 from parts.designs import (
     all_designs,
@@ -62,7 +62,16 @@ from parts.report import print_comparison, print_run, print_together, write_comp
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
-from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts, read_gold_scores, read_leaderboard
+from parts.scores import (
+    Proxies,
+    ScoreStore,
+    gold_columns,
+    load_template_of,
+    proxy_columns,
+    proxy_facts,
+    read_gold_scores,
+    read_leaderboard,
+)
 from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parts.best_of_n import Ranking, divergence, judge_all, rank_all, subset_sizes
-from parts.chat_templates import ChatTemplate, load_template_of
+from parts.chat_templates import ChatTemplate
 from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
@@ -27,7 +27,7 @@ from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
 from parts.scaling_fits import describe_fit, fit_gains, fitted_line
-from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts
+from parts.scores import Proxies, ScoreStore, gold_columns, load_template_of, proxy_columns, proxy_facts
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold

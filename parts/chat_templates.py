@@ -121,13 +121,6 @@ def template_digest(template: ChatTemplate) -> str:
     return file_digest(file) if file.is_file() else digest(asdict(template))
 
 
-def load_template_of(name: str, tokenizer_name: str) -> ChatTemplate:
-    """As `load_template`, with the tokenizer by its name, which is loaded where the template is its own."""
-    from parts.models import load_tokenizer
-
-    return load_template(name, load_tokenizer(tokenizer_name) if name == TOKENIZER_OWN and tokenizer_name else None)
-
-
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatTemplate:
     """Load a template by name; "tokenizer" is the tokenizer's own, with its special tokens as stop strings and role headings.
 
@@ -137,7 +130,9 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
     """
     if name == TOKENIZER_OWN:
         if tokenizer is None:
-            raise InputError("chat template 'tokenizer': no record names the model whose own it is, expected a template by name")
+            raise InputError(
+                "chat template 'tokenizer': no chat template of its own is known: no record names the model, expected a template by name"
+            )
         if not isinstance(tokenizer.chat_template, str):
             raise InputError("chat template 'tokenizer': this tokenizer has no chat template of its own")
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}

@@ -276,7 +276,7 @@ def resumable_training(unfinished: Path, fingerprint: str, overwrite: bool) -> P
     Raises:
         InputError: the training in the folder was begun otherwise, and may not be removed.
     """
-    whole = [path for path in unfinished.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    whole = [path for path in unfinished.glob("checkpoint-*") if _has_state(path)]
     newest = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     marker = unfinished / "fingerprint"
     if marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint:
@@ -284,6 +284,14 @@ def resumable_training(unfinished: Path, fingerprint: str, overwrite: bool) -> P
     if newest and not overwrite:
         raise InputError(f"{unfinished}: a training with other settings, rows or processes (--overwrite=true removes it)")
     return None
+
+
+def _has_state(folder: Path) -> bool:
+    """Whether a Trainer's checkpoint has its state, and not the beginning of it alone, as a kill leaves it."""
+    try:
+        return bool(read_json(folder / "trainer_state.json"))
+    except InputError:
+        return False
 
 
 def begin_training(unfinished: Path, fingerprint: str, resumed: Path | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.chat_templates import ChatTemplate, load_template_of
+from parts.chat_templates import ChatTemplate
 from parts.cli import Settings, setting
 from parts.errors import InputError
 from parts.files import check_writable, is_same_path, read_json, write_json
@@ -17,7 +17,7 @@ from parts.models import check_device, use_cache
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
 from parts.runs import Checkpoint, meta_path, provenance, without_records
-from parts.scores import Proxies
+from parts.scores import Proxies, load_template_of
 
 if TYPE_CHECKING:
     from typing import Any

@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parts.chat_templates import ChatTemplate
+from parts.chat_templates import TOKENIZER_OWN, ChatTemplate, load_template
 from parts.errors import InputError
 from parts.files import JsonLines, digest, read_csv
-from parts.models import model_identity
+from parts.models import load_tokenizer, model_identity
 from parts.rows import read_rows, say_once
 from parts.runs import provenance
 
@@ -185,6 +185,11 @@ def gold_columns(
 
     scores = iter(score_rows(_Together(stores, [list(map(digest, own)) for own in texts]), rows, score, progress))
     return [list(islice(scores, len(own))) for own in texts]
+
+
+def load_template_of(name: str, tokenizer_name: str) -> ChatTemplate:
+    """As `chat_templates.load_template`, with the tokenizer by its name, which is loaded where the template is its own."""
+    return load_template(name, load_tokenizer(tokenizer_name) if name == TOKENIZER_OWN and tokenizer_name else None)
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
