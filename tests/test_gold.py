@@ -445,10 +445,10 @@ def test_a_training_that_was_begun_otherwise_is_refused(tiny_model, tmp_path):
 
     unfinished = tmp_path / "gold.unfinished"
     begin_training(unfinished, fingerprint, None)
-    for step, whole in ((50, True), (100, True), (150, False)):  # a kill left the last one without its state
+    for step, state in ((50, '{"global_step": 50}'), (100, '{"global_step": 100}'), (150, '{"global_'), (200, None)):  # kills left halves
         (unfinished / f"checkpoint-{step}").mkdir()
-        if whole:
-            (unfinished / f"checkpoint-{step}" / "trainer_state.json").touch()
+        if state:
+            (unfinished / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert resumable_training(unfinished, fingerprint, overwrite=False) == unfinished / "checkpoint-100"
     words = ["train_gold_rm.py", *(f"--{name}={value}" for name, value in given.items())]
     refused = run_script(*words, "--learning_rate=1e-3")
