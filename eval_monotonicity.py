@@ -53,15 +53,17 @@ from parts.designs import (
 )
 from parts.errors import InputError, run_main
 from parts.features import tokens_of
-from parts.files import clear_folder, write_json
+from parts.files import check_writable, clear_folder, write_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
+from parts.ppo_checkpoints import HARMLESS
 from parts.rank_statistics import COLUMNS, ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
-from parts.runs import Checkpoint, choose_checkpoints, provenance, read_kl, without_records
+from parts.runs import Checkpoint, choose_checkpoints, meta_path, provenance, read_kl, without_records
+from parts.samples import Samples
 from parts.scores import (
     Proxies,
     ScoreStore,
@@ -76,6 +78,8 @@ from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, p
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
+
+LENGTH = 512  # of a response in tokens, where no record says the longest
 
 
 @dataclass
@@ -135,6 +139,8 @@ class MonotonicitySettings(Settings):
             raise InputError("--designs and --write_best are for samples, expected --best_of_n FILE")
         if self.best_of_n and self.gold_scores:
             raise InputError("--best_of_n asks gold for a score of every sample, expected --gold_model and no --gold_scores")
+        if (self.steps or self.include_start) and not self.model_prefix:
+            raise InputError("--steps and --include_start choose among a run's checkpoints, expected --model_prefix")
         if self.write_best:
             self.check_write_best()
         self.by_default = not (self.gold_model or self.gold_scores or self.write_best)
@@ -152,8 +158,12 @@ class MonotonicitySettings(Settings):
             raise InputError(f"--write_best is {' '.join(words)!r}, expected n and a file")
         if len(self.best_of_n) != 1 or self.every_design:
             raise InputError("--write_best takes what one design chooses of one file, expected flags of the proxy that say which design")
-        if Path(words[1]).exists():
-            raise InputError(f"--write_best: {words[1]} exists already, expected the name of a new file")
+        if not words[1].endswith((".json", ".jsonl")):
+            raise InputError(f"--write_best is {' '.join(words)}, expected a file that ends in .json or .jsonl")
+        for path in (Path(words[1]), meta_path(words[1])):
+            if path.exists():
+                raise InputError(f"--write_best: {path} exists already, expected the name of a new file")
+        check_writable(words[1])
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -186,14 +196,17 @@ class Run:
     def design_in_words(self) -> str:
         """All that makes one design differ from another."""
         learned = reward_name(self.trained)
-        return reward_in_words(self.proxy) + (f", trained against {learned}" if learned else "")
+        how = f", {self.template.name} prompts, responses of {self.output_max_length} tokens at most"
+        return reward_in_words(self.proxy) + how + (f", trained against {learned}" if learned else "")
 
     @property
     def own(self) -> bool:
         """Whether the record says that the run was trained on this proxy."""
         if not self.trained or self.trained.get("reward_model_name"):
             return False
-        return reward_in_words(proxy_of_run(self.trained)) == reward_in_words(self.proxy)
+        same_template = self.trained.get("chat_template_name", self.template.name) == self.template.name
+        same_length = self.trained.get("output_max_length", LENGTH) == self.output_max_length
+        return same_template and same_length and reward_in_words(proxy_of_run(self.trained)) == reward_in_words(self.proxy)
 
 
 def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run:
@@ -204,11 +217,11 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
     warn_of_changed_code(checkpoints[-1], proxy)
-    name = settings.chat_template_name or trained.get("chat_template_name", "alpaca")
-    template = load_template_of(name, trained.get("tokenizer_name") or trained.get("model_name", ""))
-    return Run(
-        prefix, checkpoints, trained, proxy, references, template, settings.output_max_length or trained.get("output_max_length", 512)
-    )
+    made = checkpoints[-1].meta
+    name = settings.chat_template_name or trained.get("chat_template_name") or made.get("template", "alpaca")
+    template = load_template_of(name, trained.get("tokenizer_name") or trained.get("model_name") or made.get("model", ""))
+    length = settings.output_max_length or trained.get("output_max_length", LENGTH)
+    return Run(prefix, checkpoints, trained, proxy, references, template, length)
 
 
 def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
@@ -229,11 +242,22 @@ def check_gold_names(golds: Sequence[str], runs: Sequence[Run]) -> None:
             raise InputError(f"a gold is called {name!r}, as {what} is, expected another column in --gold_scores or another folder")
 
 
-def require_readers(runs: Sequence[Run], typed: Mapping) -> None:
-    """Raises InputError for a flag of the proxy where every run was trained on a function, which reads none."""
+def require_readers(proxies: Mapping[str, RewardSettings], typed: Mapping) -> None:
+    """Raises InputError for a flag of the proxy where no reward, by what it judges, is one: functions and reward models read none."""
     flags = [field.name for field in fields(ProxySettings) if typed.get(field.name) is not None]
-    if flags and not typed.get("reward_function") and all(run.proxy.reward_function for run in runs):
-        raise InputError(f"--{flags[0]}: {runs[0].name} was trained on --reward_function, which does not read it")
+    if flags and not any(proxy.is_proxy for proxy in proxies.values()):
+        name, proxy = next(iter(proxies.items()))
+        raise InputError(f"--{flags[0]}: {name} is judged by {proxy.named}, which does not read it")
+
+
+def warn_of_other_training(runs: Sequence[Run], designs: Sequence[str]) -> None:
+    """One line for each run that counts as another seed of a design, and was trained with other settings than the first run of it."""
+    first: dict[str, Run] = {}
+    for run, design in zip(runs, designs):
+        one = first.setdefault(design, run)
+        names = one.trained.keys() & run.trained.keys() - (HARMLESS | {"seed", "save_freq", "overall_steps"})
+        if others := sorted(name for name in names if one.trained[name] != run.trained[name]):
+            print(f"warning: {run.name} counts as another seed of {one.name}, and was trained with another {', '.join(others)}")
 
 
 def warn_of_other_draws(runs: Sequence[Run]) -> None:
@@ -261,6 +285,15 @@ def run_to_choose_by(runs: Sequence[Run]) -> Run:
             if value != values[0]:
                 raise InputError(f"--best_of_n: {name} is {values[0]} in {group[0].name} and {value} in {run.name}, expected one for all")
     return encoding[0]
+
+
+def check_start(samples: Samples, runs: Sequence[Run]) -> None:
+    """Raises InputError for samples of a policy that PPO moved, whose KL is not from the runs' start; a line says other prompts."""
+    if samples.policy.step:
+        raise InputError(f"{samples.path}: samples of {samples.policy.name}, expected those of the model that the runs start from")
+    for run in runs:
+        if set(samples.instructions) != {row["instruction"] for row in run.checkpoints[0].rows}:
+            print(f"warning: {samples.path} and the rollouts of {run.name} answer different prompts")
 
 
 def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
@@ -303,6 +336,9 @@ def score_proxies(runs: Sequence[Run], proxies: Proxies) -> dict[str, list[dict[
             ]
             for point, table in zip(run.checkpoints, tables[run.name]):
                 require_scores(table["total"], str(point.rollouts))
+                if table.keys() != (first := tables[run.name][0]).keys():
+                    told = f"reward: columns {', '.join(table)} in {point.name} and {', '.join(first)} in {run.checkpoints[0].name}"
+                    raise InputError(f"{told}, expected the same of all checkpoints")
     return tables
 
 
@@ -334,15 +370,16 @@ def scored_run(run: Run, tables: list[dict[str, list]], gold: dict[str, np.ndarr
     steps, first = run.steps, run.checkpoints[0]
     components = {
         name: np.array([[np.nan if value is None else value for value in table[name]] for table in tables], dtype=float)
-        for name, column in tables[0].items()
-        if name != "total" and not all(value is None or isinstance(value, str) for value in column)
+        for name in tables[0]
+        if name != "total" and not any(isinstance(value, str) for table in tables for value in table[name])
+        if any(value is not None for table in tables for value in table[name])
     }
     # A user's function may call a column as it likes.
     components = {f"reward.{name}" if name in {*COLUMNS, *gold} else name: scores for name, scores in components.items()}
     tokens = [[len(tokens_of(run.template.strip_response(row["output"]))) for row in point.rows] for point in run.checkpoints]
     proxy = np.array([table["total"] for table in tables])
     qtypes = [row.get("qtype") for row in run.references]
-    kl, kl_of = read_kl(run.trained, steps)
+    kl, kl_of = read_kl(run.checkpoints)
     return ScoredRun(
         name=run.name,
         steps=steps,
@@ -375,13 +412,16 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     table, is_lone = settings.gold_scores, len(runs) == 1
     tabled = {run.name: read_gold_scores(table, run.steps, run.name, is_lone) if table else {} for run in runs}
     designs = name_designs(runs)
+    warn_of_other_training(runs, designs)
     warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
-    require_readers(runs, typed)
+    require_readers({run.name: run.proxy for run in runs}, typed)
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
     chooser = run_to_choose_by(runs) if settings.best_of_n else None
+    for path in settings.best_of_n:
+        check_start(Samples(Path(path)), runs)
     output = Path(settings.output_dir)
     folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
     folders = [folder, *(output / f"{run.name}_monotonicity" for run in runs)]
@@ -435,6 +475,9 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     for found, record in zip(scored, records):
         print_run(found)
         write_run(output / f"{found.name}_monotonicity", found, record)
+    by_run = {
+        name: {run.name: record[name] for run, record in zip(runs, records)} for name in ("template", "decoding", "seed", "policy", "proxy")
+    }
     if len(set(designs)) > 1 or curves:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}
@@ -444,15 +487,11 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         if curves:
             compared["best_of_n"] = [curve.ends for curve in curves]
         print_comparison(compared)
-        by_run = {
-            name: {run.name: record[name] for run, record in zip(runs, records)}
-            for name in ("template", "decoding", "seed", "policy", "proxy")
-        }
         write_comparison(folder, scored, compared, agreed, {**records[0], **by_run}, curves)
     elif len(scored) > 1:
         both = together(scored)
         print_together(both, len(scored))
-        write_together(folder, scored, both, records[0])
+        write_together(folder, scored, both, {**records[0], **by_run})
 
 
 def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
@@ -463,6 +502,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     ranked = ranked_systems(systems, board, settings.gold_scores)
     instructions = shared_instructions(systems)
     proxy = proxy_of_run({}, settings.batch_size, typed)
+    require_readers({"--rollouts": proxy}, typed)
     proxy = every_switch_on(proxy) if settings.all_designs else proxy
     proxy.check_reward()
     check_device(settings.device)
@@ -479,7 +519,7 @@ def judge_designs(settings: MonotonicitySettings, typed: Mapping) -> None:
     # 2. Scores.
     from tqdm import tqdm
 
-    how = (proxy, template, settings.output_max_length or 512)
+    how = (proxy, template, settings.output_max_length or LENGTH)
     load = partial(Proxies(settings.device or None), *how)
     every = {"every_feature": True} if settings.all_designs else {}
     facts = {**proxy_facts(*how), **every}
@@ -523,6 +563,7 @@ def every_switch_on(proxy: RewardSettings) -> RewardSettings:
 def read_proxy(settings: MonotonicitySettings, typed: Mapping, trained: Mapping) -> RewardSettings:
     """The proxy that chooses among samples of a policy with these recorded settings. Raises InputError for one that cannot be used."""
     proxy = proxy_of_run(trained, settings.batch_size, typed)
+    require_readers({"--best_of_n": proxy}, typed)
     proxy = every_switch_on(proxy) if settings.every_design else proxy
     proxy.check_reward()
     return proxy
@@ -537,6 +578,7 @@ def main() -> None:
         otherwise="as the run was trained, or the paper's full design",
     )
     if settings.rollouts:
+        gold_settings.check_gold([])
         judge_designs(settings, typed)
     elif not settings.model_prefix:
         judge_best_of_n(settings, gold_settings, typed, partial(read_proxy, settings, typed), Proxies(settings.device or None))

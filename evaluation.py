@@ -27,6 +27,7 @@ import parts  # noqa: F401 - first, so that a signal is one line from here on
 import os
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -463,10 +464,14 @@ def main() -> None:
     if waiting:
         engine = load_engine(settings, tokenizer, waiting, device, processes)
         writer = Writer(settings, engine, data, instances)
+        count, drawn = Counter(job.files[job.target] for job in waiting), {}
         for job in waiting:
-            responses = generate_all(job, engine, settings.seed, processes)
+            fingerprint = job.files[job.target]
+            responses = drawn[fingerprint] if fingerprint in drawn else generate_all(job, engine, settings.seed, processes)
             if responses is not None:
                 writer.write(job, responses)
+            if count[fingerprint] > 1:  # runs from one start have one step 0: with common draws it is drawn once
+                drawn[fingerprint] = responses
 
     # 4. The comparison with another model's outputs, of finished rollouts too.
     if baseline is not None and processes.is_main_process:

@@ -476,7 +476,8 @@ class RewardSettings(ProxySettings):
 
     def reward_source(self) -> dict[str, str]:
         """Digests of the code that computes the reward, comments and docstrings left out: another digest means other scores."""
-        parts = ("features.py", "relevance.py", "chat_templates.py", "overlap.py")
+        parts = ["features.py", "relevance.py", "chat_templates.py", "overlap.py"]
+        parts += ["learned_reward.py", "rewards.py", "gold_models.py", "conversations.py"] if self.reward_model_name else []
         own = [Path(__file__), *(REPOSITORY / "parts" / name for name in parts)]
         source = {str(path.relative_to(REPOSITORY)): code_digest(path) for path in own}
         for path in dict.fromkeys(Path(function.rpartition(":")[0]) for function in self.reward_function):

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parts.adapters import VLLM_RANKS, check_pattern
 from parts.chat_templates import load_template
 from parts.cli import parse_settings, setting
 from parts.errors import InputError, run_main
@@ -171,6 +172,9 @@ class PPOSettings(RewardSettings):
             raise InputError(
                 "--rollout_engine vllm draws with LoRA on whole weights, expected --use_peft=true without --load_in_8bit or 4bit"
             )
+        if self.rollout_engine == "vllm" and self.lora_r > VLLM_RANKS[-1]:
+            raise InputError(f"--lora_r is {self.lora_r}, expected {VLLM_RANKS[-1]} at most with --rollout_engine vllm")
+        check_pattern(self.lora_target_modules)
         if quantized and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise InputError("--load_in_8bit and --load_in_4bit under DeepSpeed, expected a launch file without it")
 
@@ -217,7 +221,8 @@ def evaluate(
             row = {"row": number + 1, "input": prompt.instruction, "qtype": prompt.qtype, "response": text, "kl": kl}
             rows.append({**row, "scores": dict(zip(columns, scores))})
     rows = sorted(gather_object(rows), key=lambda row: row["row"])
-    columns = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
+    names = {name: None for row in rows for name in row["scores"]}  # a user's function may return other ones in another process
+    columns = {name: [row["scores"].get(name) for row in rows] for name in names}
     columns["objective/kl"] = [row["kl"] for row in rows]  # TRL's name, which no column of a reward has
     return rows, moments(columns, [row["qtype"] for row in rows])
 
@@ -383,7 +388,7 @@ def main() -> None:
         stats |= {**means, **dev_means}
         if drawn_with:
             stats |= engine_metrics(stats["objective/logprobs"], drawn_with, [len(response) for response in responses])
-        trainer.log_stats(stats, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
+        trainer.log_stats({**stats, "step": step}, {"query": [prompt.instruction for prompt in batch], "response": texts}, rewards)
         accelerator.on_main_process(log.append)(step, stats)
         bar.update()
         bar.set_postfix(reward=f"{means['reward/total']:.3f}", kl=f"{float(stats['objective/kl']):.2f}")

@@ -12,7 +12,7 @@ repeating itself or cut short.
 
 The result is a PEFT adapter folder that `parts.gold_models.load_gold_reward_model` reads. After an interruption the same command resumes
 from the last of its checkpoints, which are kept in `<output_dir>.unfinished` until the end; with other settings or preferences it is
-refused (--overwrite=true starts again from nothing).
+refused, and so is a folder with another adapter (--overwrite=true starts again from nothing, or replaces it).
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parts.chat_templates import FOLDER
 from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
+from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, read_text, write_json
 from parts.locks import hold
 from parts.models import adapter_base, check_model_name, check_whole_model, loading, model_identity
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
+from parts.processes import launched_processes
 from parts.rows import is_heldout
 from parts.runs import RECORD, Checkpoint, begin_training, provenance, resumable_training
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 # Settings that do not reach the weights, and names of what is known by its content.
@@ -77,13 +80,15 @@ class GoldTrainingSettings(Settings):
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
-    overwrite: bool = setting(False, "start again from nothing where an unfinished training with other settings is in the way")
+    overwrite: bool = setting(False, "replace an adapter, or begin anew where an unfinished training, made with other settings")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.evaluate_only:
             self.output_dir = found_path(self.output_dir)
+        elif launched_processes() > 1:
+            raise InputError(f"{launched_processes()} processes were launched, expected one: the training is for one GPU")
 
 
 def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
@@ -108,6 +113,8 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
 def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The language model with a scalar head and LoRA, new or those of `start_from`, and its tokenizer.
 
+    A tokenizer without a chat template gets alpaca's, with its own first and last token.
+
     Raises:
         InputError: the language model cannot be loaded.
     """
@@ -119,6 +126,8 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(settings.model_name, trust_remote_code=False)
         dtype = "auto" if settings.bf16 else torch.float32
         model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, dtype=dtype, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = "{{ bos_token }}" + read_text(FOLDER / "alpaca.jinja") + "{{ eos_token }}"
     if settings.start_from:
         return _in_fp32(PeftModel.from_pretrained(model, settings.start_from, is_trainable=True)), tokenizer
     layers = model.config.num_hidden_layers
@@ -126,12 +135,20 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
         task_type="SEQ_CLS",
         r=settings.lora_r,
         lora_alpha=2 * settings.lora_r,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=linear_modules(model.base_model),
         layers_to_transform=list(range(max(0, layers - settings.lora_layers), layers)),
         modules_to_save=["score"],
     )
     with loading(settings.model_name, "a language model to put LoRA on"):
         return _in_fp32(get_peft_model(model, lora)), tokenizer
+
+
+def linear_modules(backbone: nn.Module) -> list[str]:
+    """The last names of a model's linear layers, whatever its family calls them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted({name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)})
 
 
 def _in_fp32(model: PeftModel) -> PeftModel:
@@ -185,7 +202,7 @@ def training_fingerprint(settings: GoldTrainingSettings) -> str:
     """What a training depends on: the settings that reach its weights, and the contents of its files."""
     chosen = {name: value for name, value in asdict(settings).items() if name not in HARMLESS}
     models = [model_identity(name) for name in (settings.model_name, settings.start_from) if name]
-    return digest([chosen, models, file_digest(settings.preferences), os.environ.get("WORLD_SIZE", "1")])
+    return digest([chosen, models, file_digest(settings.preferences)])
 
 
 def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, resumed: Path | None) -> None:
@@ -232,7 +249,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     with atomic_path(settings.output_dir) as temporary:
         model.save_pretrained(temporary)
-    shutil.rmtree(unfinished)
+        tokenizer.save_pretrained(temporary)
 
 
 CARD = """# Reward model: LoRA and a scalar head on {settings.model_name}
@@ -324,12 +341,26 @@ def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list
     return training, heldout
 
 
-def make_room(output: Path) -> None:
-    """Lock the folder of the adapter. Raises InputError where something else is there, or another process writes it."""
+def is_done(settings: GoldTrainingSettings, fingerprint: str) -> bool:
+    """Lock the folder of the adapter, and say whether this training's is there already.
+
+    Raises:
+        InputError: something else is there, or an adapter made otherwise that is not to be replaced, or another process writes it.
+    """
+    output = Path(settings.output_dir)
     hold(output)
     clear_leftovers(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "adapter_config.json").is_file()):
-        raise InputError(f"--output_dir: {output} is there and is no adapter, expected another place")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    is_whole = "heldout" in Checkpoint(output).record  # which is written last
+    if not is_whole and not Path(f"{output}.unfinished").is_dir():
+        raise InputError(f"--output_dir: {output} is there and is no gold model, expected another place")
+    if settings.overwrite or not is_whole:
+        return False
+    if Checkpoint(output).record.get("fingerprint") != fingerprint:
+        raise InputError(f"{output}: exists already, made otherwise (--overwrite=true replaces it)")
+    print(f"{output}: is there already, made as it would be now")
+    return True
 
 
 def main() -> None:
@@ -347,8 +378,9 @@ def main() -> None:
     training, heldout = split_pairs(settings, pairs)
     resumed, fingerprint = None, ""
     if not settings.evaluate_only:
-        make_room(Path(settings.output_dir))
         fingerprint = training_fingerprint(settings)
+        if is_done(settings, fingerprint):
+            return
         resumed = resumable_training(Path(f"{settings.output_dir}.unfinished"), fingerprint, settings.overwrite)
     dtype = "bf16 autocast" if settings.bf16 else "float32"
     data = {"preferences": file_digest(settings.preferences)}
@@ -367,8 +399,9 @@ def main() -> None:
 
     # 4. Record and card.
     if not settings.evaluate_only:
-        write_json(Path(settings.output_dir) / "training_record.json", {**record, "heldout": measured})
         write_card(settings, measured)
+        write_json(Path(settings.output_dir) / RECORD, {**record, "fingerprint": fingerprint, "heldout": measured})
+        shutil.rmtree(f"{settings.output_dir}.unfinished")
 
 
 if __name__ == "__main__":

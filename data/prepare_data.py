@@ -118,7 +118,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
         rows = _parquet_rows(path, columns)
     elif kind == ".csv":
         rows = read_csv(path)
-    elif kind == ".json" and read_text(path).lstrip().startswith("{"):
+    elif kind == ".json" and read_text(path).lstrip("\ufeff \t\r\n").startswith("{"):
         rows = _json_lines(path)
     else:
         rows = read_rows(path, {})
@@ -154,7 +154,7 @@ def _require_columns(found: Iterable[str], columns: Sequence[str], where: str) -
 
 def _json_lines(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -202,6 +202,8 @@ def own_rows(paths: Sequence[Path], input_column: str, output_column: str) -> li
                 if (place := lone_surrogate(row[column])) is not None:
                     half = f"half of a surrogate pair at character {place + 1}"
                     raise InputError(f"{path}: row {number}: column '{column}' holds {half}, expected text")
+            if not row[input_column].strip():
+                raise InputError(f"{path}: row {number}: column '{input_column}' is empty, expected a prompt")
             turns = row.get("messages") if input_column in ("input", "instruction") else None
             kept = {"messages": turns} if turns and len(turns) > 1 else {}
             rows.append({name: row[column] for column, name in names.items()} | kept)
@@ -426,8 +428,9 @@ def prepare_superni(settings: DataSettings) -> None:
     commit = settings.revision or SUPERNI_COMMIT
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise InputError(f"--revision is {commit!r}, expected a whole commit hash for superni")
-    if urlsplit(settings.url).scheme in ("http", "https") and urlsplit(settings.url).username:
-        raise InputError("--url holds credentials, which the record would keep: leave them to git's credential helper")
+    address = urlsplit(settings.url)
+    if address.scheme in ("http", "https") and ("@" in address.netloc or address.query):
+        raise InputError("--url holds credentials or a query, which the record would keep: leave them to git's credential helper")
     if shutil.which("git") is None:
         raise InputError("git is not installed, and superni is fetched with it")
     url = str(Path(settings.url).resolve()) if Path(settings.url).is_dir() else settings.url
@@ -460,13 +463,24 @@ def prepare_superni(settings: DataSettings) -> None:
     print(f"{target}: {len(names)} tasks. Licence of the data: {APACHE}")
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether the hub may have a dataset of this name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
 def source_kind(settings: DataSettings) -> str:
     """Which of `READS` the source is. Raises InputError for another source and for settings that it does not read."""
     if len(settings.source) != 1:
         raise InputError(f"{len(settings.source)} sources given, expected one: {' '.join(settings.source)}")
     source = settings.source[0]
     kind = source if source in (*PUBLISHED, "superni") else "file" if table_kind(source) else "hub"
-    if kind == "hub" and (Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+    if kind == "hub" and (Path(source).exists() or "/" not in source or not is_hub_name(source)):
         raise InputError(f"{source}: expected alpacafarm, alpaca_eval, superni, a {', '.join(TABLES)} file or owner/name of the hub")
     for field in fields(settings):
         if field.init and field.name not in {*READS[kind], "overwrite"} and getattr(settings, field.name) != field.default:

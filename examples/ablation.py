@@ -38,13 +38,12 @@ from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
-import yaml
 from scipy.stats import sem
 from tqdm import tqdm
 
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
-from parts.files import atomic_path, digest, file_digest, is_same_path, read_json, read_text, write_json
+from parts.files import atomic_path, digest, file_digest, is_same_path, read_json, write_json
 from parts.gold_settings import GoldSettings, short_names
 from parts.models import model_identity
 from parts.overlap import rouge_l
@@ -53,6 +52,7 @@ from parts.rows import read_rows
 from parts.runs import DEVELOPMENT, TRAINING, checkpoints_of, meta_path, provenance
 from parts.scores import ScoreStore, gold_columns
 from parts.weight_samples import is_same_sample, weight_sample
+from run_ppo import PPOSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
@@ -114,10 +114,10 @@ class Cell:
 
 
 def read_ppo(settings: AblationSettings) -> dict:
-    """`--ppo_config` as it is written. Raises InputError where it lacks what a cell needs."""
-    content = yaml.safe_load(read_text(settings.ppo_config))
+    """The settings of `--ppo_config`, as `run_ppo.py` reads them. Raises InputError where it lacks what a cell needs."""
+    (content,) = parse_settings((), ["--config", settings.ppo_config], typed_only=PPOSettings)
     for name in ("model_name", "overall_steps", "output_max_length"):
-        if not isinstance(content, dict) or name not in content:
+        if name not in content:
             raise InputError(f"{settings.ppo_config}: no setting {name}, expected it for the cells")
     return content
 

@@ -5,7 +5,8 @@
 OpenRLHF calls `reward_func(queries, prompts, labels)` from worker threads: `queries` are prompts with their responses, special tokens
 and all; `labels` come from the dataset's label column, here a JSON text {"query": ..., "qtype": ..., "reference": ...}.
 It wants rewards to train on, scores to show, and numbers to log. The environment variable RELEVANCE_MODEL names the encoder,
-MAX_LENGTH the longest response in tokens (512), which is that of the command's --generate_max_len.
+MAX_LENGTH the longest response in tokens (512), which is that of the command's --rollout.max_new_tokens, and END_TOKEN the tokenizer's end
+of a response where SPECIAL_TOKENS below lacks it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reward_model import DEFAULT_RELEVANCE, ReversedEngineeredRewardForInference
 
 SPECIAL_TOKENS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<end_of_turn>", "<|end|>")
+LAST_CHARACTERS = (256, 128, 64, 32)  # of a prompt, by which its end is known
 
 _loading = threading.Lock()
 _loaded: list[ReversedEngineeredRewardForInference] = []
@@ -48,14 +50,18 @@ def _reward() -> ReversedEngineeredRewardForInference:
 def response_of(query: str, prompt: str) -> str:
     """What follows the prompt, without the special tokens at its end. A tokenizer may have put its own token before the prompt.
 
+    A prompt that OpenRLHF cut on the left, or whose letters the tokenizer writes otherwise, is known by its last characters.
+
     Raises:
-        ValueError: the prompt is not in the query, so that nothing says where the response begins.
+        ValueError: these are not in the query either, so that nothing says where the response begins.
     """
-    _, found, response = query.partition(prompt)
-    if not found:
-        raise ValueError(f"the prompt {prompt[:60]!r} is not in the query {query[:60]!r}")
-    response = response.rstrip()
-    while token := next((token for token in SPECIAL_TOKENS if response.endswith(token)), None):
+    ends = [prompt, *(prompt[-count:] for count in LAST_CHARACTERS if count < len(prompt))]
+    end = next((end for end in ends if end in query), None)
+    if end is None:
+        raise ValueError(f"the prompt's end {ends[-1]!r} is not in the query {query[:60]!r}")
+    response = query.partition(end)[2].rstrip()
+    specials = {*SPECIAL_TOKENS, os.environ.get("END_TOKEN", "")} - {""}
+    while token := next((token for token in specials if response.endswith(token)), None):
         response = response.removesuffix(token).rstrip()
     return response
 

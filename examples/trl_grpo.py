@@ -16,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parts.errors import run_main
 from parts.rewards import column_mean
+from parts.rows import QTYPES, read_rows
 from reward_model import ReversedEngineeredRewardForInference
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--max_completion_length", type=int, default=48)
     words = parser.parse_args()
 
-    rows = json.loads(Path(words.data).read_text(encoding="utf-8"))
+    rows = read_rows(words.data, {"input": None, "output": None, "qtype": QTYPES})
     dataset = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": row["input"]}], "qtype": row["qtype"], "reference": row["output"]} for row in rows]
     )
@@ -95,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

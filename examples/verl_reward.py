@@ -1,7 +1,8 @@
 """The proxy reward in verl (checked against 0.9.1):
 
     reward.custom_reward_function.path=examples/verl_reward.py reward.custom_reward_function.name=compute_score \\
-    +reward.custom_reward_function.reward_kwargs.relevance_model_name=facebook/contriever
+    +reward.custom_reward_function.reward_kwargs.relevance_model_name=facebook/contriever \\
+    +reward.custom_reward_function.reward_kwargs.max_sequence_length=512     # that of data.max_response_length
 
 verl calls `compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=...)` once per rollout, from several
 threads. A row's `ground_truth` is the reference answer; its `extra_info` must hold `query` (the raw instruction) and `qtype`.

@@ -22,6 +22,7 @@ floor 2, words, names, numbers
     ppo_metrics       the numbers that PPO logs
 floor 3, on models and runs
     packing           rows as one sequence, without padding
+    kv_batches        what a model has read of several rows: keys and values, rows that leave and enter
     logprobs          hidden states in, log-probabilities out, in the model's own way
     weight_samples    whether two names mean the same model
     adapters          PEFT adapters on a model that is used again after them

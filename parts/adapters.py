@@ -10,12 +10,13 @@ choose among adapters by the prompt, or want inputs of their own are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parts.errors import InputError
-from parts.files import read_json
+from parts.files import read_json, write_json
 from parts.models import loading
 
 if TYPE_CHECKING:
@@ -26,9 +27,24 @@ KINDS = (
     "LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "LN_TUNING", "VERA", "FOURIERFT", "HRA", "RANDLORA", "ROAD",
     "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "DELORA", "GRALORA",
 )  # fmt: skip
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM can be built for
 # What a LoRA may have beyond its two matrices, or what it does to the base's weights when it is put on.
 _BEYOND = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "use_dora", "alora_invocation_tokens",
            "loftq_config", "eva_config", "corda_config")  # fmt: skip
+
+
+def is_pattern(name: str) -> bool:
+    """Whether PEFT is to take the name of a module as a regular expression of whole paths."""
+    return bool(set(name) & set("*+?()[]{}|^$\\"))
+
+
+def check_pattern(names: Sequence[str]) -> None:
+    """Raises InputError where a lone name of `--lora_target_modules` is a regular expression that is broken."""
+    if len(names) == 1 and is_pattern(names[0]):
+        try:
+            re.compile(names[0])
+        except re.error as error:
+            raise InputError(f"--lora_target_modules is {names[0]!r}, expected a regular expression ({error})") from None
 
 
 def read_kind(folder: str | Path) -> dict:
@@ -53,8 +69,10 @@ def check_adapter(folder: str | Path, plain: bool = False) -> None:
         raise InputError(f"{place}: task_type is {config['task_type']!r}, expected CAUSAL_LM, a language model's")
     if config.get("alora_invocation_tokens"):
         raise InputError(f"{place}: it acts from its alora_invocation_tokens on, expected an adapter that always acts")
-    if plain and not gives_base_back(folder):
-        raise InputError(f"{place}: it is more than LoRA's two matrices, which is all that --engine vllm takes")
+    if plain and (not gives_base_back(folder) or config.get("rank_pattern") or config.get("alpha_pattern")):
+        raise InputError(f"{place}: it is more than LoRA's two matrices of one rank and scale, which is all that --engine vllm takes")
+    if plain and config["r"] > VLLM_RANKS[-1]:
+        raise InputError(f"{place}: its rank is {config['r']}, expected {VLLM_RANKS[-1]} at most with --engine vllm")
 
 
 def gives_base_back(folder: str | Path) -> bool:
@@ -76,6 +94,13 @@ def is_lora(folder: str | Path) -> bool:
     """Whether an adapter's matrices can be added to the weights: LoRA of any start, without a bias of its own."""
     config = read_kind(folder)
     return config["peft_type"] == "LORA" and not any(config.get(name) for name in _BEYOND if name != "modules_to_save")
+
+
+def sort_modules(folder: Path) -> None:
+    """Write the modules of an adapter's configuration in order, so that equal adapters have equal files: PEFT keeps them as a set."""
+    config = read_kind(folder)
+    if isinstance(config.get("target_modules"), list):
+        write_json(folder / "adapter_config.json", {**config, "target_modules": sorted(config["target_modules"])})
 
 
 def adapter_weights(folder: str | Path) -> list[str]:

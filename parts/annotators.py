@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -145,10 +146,19 @@ class Refusal(ValueError):
     """A question that the API does not answer, and why; others may fare better."""
 
 
+def is_web_address(address: str) -> bool:
+    """Whether it is http or https, with a host and a port that is a number where it has one."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError:
+        return False
+
+
 def api_address(base_url: str) -> str:
     """Where the API is. Raises InputError for an address that is none, or that has a secret in it: addresses are recorded."""
     address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    if not address.startswith(("http://", "https://")):
+    if not is_web_address(address):
         raise InputError(f"--base_url is {address!r}, expected http:// or https://")
     if "@" in address or "?" in address:
         raise InputError("--base_url holds a user, a password or a query, expected the key in OPENAI_API_KEY and nothing in the address")

@@ -78,6 +78,15 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((place for place, (one, two) in enumerate(zip(first, second)) if one != two), min(len(first), len(second)))
 
 
+def shared_start(rows: Sequence[torch.Tensor], most: int) -> int:
+    """How many tokens all rows begin with, at most `most`; none for a single row."""
+    if len(rows) < 2:
+        return 0
+    most = min(most, *map(len, rows))
+    same = (torch.stack([row[:most] for row in rows]) == rows[0][:most]).all(dim=0)
+    return int(same.cumprod(dim=0).sum())
+
+
 def pad(
     rows: Sequence[Sequence[int]], padding: int, side: Literal["left", "right"] = "right", device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

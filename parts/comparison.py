@@ -64,12 +64,12 @@ def sentences(compared: Mapping[str, list]) -> list[str]:
 
 
 def _beside_best_of_n(compared: Mapping[str, list], called: Mapping[str, str]) -> Iterator[str]:
-    """For each run whose proxy rose, gold and best-of-n of its design: whether both move gold the same way."""
+    """For each run whose own proxy rose, gold and best-of-n of its design: whether both move gold the same way."""
     words = {1: "rises", 0: "does not move", -1: "falls"}
     for run, chosen in ((run, chosen) for run in compared["runs"] for chosen in compared["best_of_n"] if chosen["design"] == run["design"]):
         for (name, under_ppo), best in zip(_named_golds(run["golds"]), (chosen["golds"][gold] for gold in run["golds"])):
             directions = _direction(under_ppo), _direction(best)
-            if None not in directions and _direction(run["proxy"]) == 1:
+            if run["own"] and None not in directions and _direction(run["proxy"]) == 1:
                 agree = "agree" if directions[0] == directions[1] else "do not agree"
                 yield (
                     f"Best-of-n and PPO {agree} about {called[run['name']]}: {name} {words[directions[1]]} in the best of {chosen['n']} "

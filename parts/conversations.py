@@ -16,6 +16,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response
 
     A tokenizer without a chat template (cross-encoder reward models) encodes the two texts as a pair. Ids beyond `max_length` are cut on the
     left, after a first BOS or CLS. A template that fails without a system turn gets an empty one.
+
+    Raises:
+        InputError: neither a chat template nor a token that ends a pair: where the question ends, and the answer, could not be told.
     """
     return encode_row(tokenizer, query, response, max_length)[0]
 
@@ -25,6 +28,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, query: str, response: str, ma
     if not tokenizer.chat_template:
         tokenizer.truncation_side = "left"
         found = tokenizer(query, response, truncation="longest_first", max_length=max_length)
+        if found["input_ids"][-1] not in tokenizer.all_special_ids:
+            raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template, and nothing that ends a pair of texts")
         return found["input_ids"], found.get("token_type_ids", [0] * len(found["input_ids"]))
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     template = ChatTemplate(TOKENIZER_OWN, own_source(tokenizer.get_chat_template()), (), (), special)

@@ -2,7 +2,7 @@
 
     model = use_onednn(AutoModelForCausalLM.from_pretrained(...))       # linear layers
     with one_token_at_a_time(model, rows): ...                          # sampling: a pass is over one new token of each row
-    train_faster(policy)                                                # training: LoRA, norms
+    fewer_kernels(policy)                                               # LoRA, norms
     with short_sequences(policy): ...
     most_rows(64, model.device), most_tokens(16384, model.device)       # batches that suit a CPU
 
@@ -174,7 +174,7 @@ def _lora(module: nn.Module, x: torch.Tensor, *args: object, **options: object) 
     return _LoRA.apply(module.base_layer(x), x, a.weight, b.weight, module.scaling[name])
 
 
-def train_faster(model: Model) -> Model:
+def fewer_kernels(model: Model) -> Model:
     """Let a model's frozen RMS norms and its LoRA layers take fewer kernels on a CPU, wherever they compute what is known here."""
     from peft.tuners.lora import Linear
 

@@ -259,7 +259,7 @@ def examine(
         wanted = dict.fromkeys([report.prompt_field or "input", *require])
         checked = {**wanted, "output": None, "qtype": QTYPES}
         if isinstance(row, dict):
-            checked = {name: allowed for name, allowed in checked.items() if name in row or name in wanted}
+            checked = {name: allowed for name, allowed in checked.items() if name in wanted or row.get(name) is not None}
         for problem in row_problems(row, checked, number):
             report.add(problem)
         if isinstance(row, dict):
@@ -275,7 +275,7 @@ def examine(
 
 def _examine_texts(report: Report, row: dict, number: int, long_text: int, tokens: Tokens | None) -> None:
     """Count a row's qtype and lengths, and warn of its texts."""
-    qtype = row.get("qtype", "none")
+    qtype = row.get("qtype") or "none"
     report.qtypes[qtype if qtype in (*QTYPES, "none") else "unknown"] += 1
     for name in (report.prompt_field, "output"):
         text = row.get(name)

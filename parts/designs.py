@@ -25,6 +25,9 @@ def read_systems(paths: Sequence[str]) -> dict[str, dict[str, str]]:
     systems = {}
     for path in paths:
         rows = read_rows(path, {"instruction": None, "output": None})
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("generator"), str | int | None):
+                raise InputError(f"{path}: row {number}: field 'generator' is {type(row['generator']).__name__}, expected a name")
         generators = list(dict.fromkeys(row.get("generator") for row in rows))
         if len(generators) > 1:
             raise InputError(f"{path}: rows of the generators {', '.join(map(repr, generators[:3]))}, expected one system a file")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from parts.adapters import gives_base_back, put_on
-from parts.cpu_speed import most_rows, use_onednn
+from parts.cpu_speed import fewer_kernels, most_rows, use_onednn
 from parts.models import load_causal_lm
 from parts.sampling import Decoding, check_sampling, end_tokens, ready_to_sample, row_draws, sample
 
@@ -99,7 +99,7 @@ class HFEngine:
 
     def _load(self, name_or_path: str, device: str, cache_dir: str | None) -> PreTrainedModel:
         model = load_causal_lm(name_or_path, getattr(torch, self.dtype), cache_dir)
-        return use_onednn(model.to(device).eval().requires_grad_(False))
+        return fewer_kernels(use_onednn(model.to(device).eval().requires_grad_(False)))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -133,7 +133,7 @@ class HFEngine:
             check_sampling(model)
             generate_responses(model, self.tokenizer, prompts, *how)
             return
-        model, plain = put_on(self.model, adapter, self.name_or_path), gives_base_back(adapter)
+        model, plain = fewer_kernels(put_on(self.model, adapter, self.name_or_path)), gives_base_back(adapter)
         try:
             if not (plain and self._checked):
                 check_sampling(model)

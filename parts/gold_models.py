@@ -23,8 +23,9 @@ from torch import nn
 from parts.adapters import adapter_weights, is_lora, put_on, read_kind
 from parts.batching import batches_by_length, batches_by_start, pad, unused_id
 from parts.conversations import cut_left, encode_row
-from parts.cpu_speed import most_tokens, train_faster, use_onednn
+from parts.cpu_speed import fewer_kernels, most_tokens, use_onednn
 from parts.errors import InputError
+from parts.files import REPOSITORY, code_digest
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, is_starling
 from parts.models import adapter_base, in_bits, loading, model_identity
 from parts.packing import can_pack, longest, without_padding
@@ -38,12 +39,13 @@ MOST_TOKENS = 2048  # of a row
 
 
 def gold_facts(name: str, commit: str | None, dtype: str, max_length: int, settings: GoldSettings) -> dict:
-    """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens.
+    """All that a score depends on besides the row: the weights, their precision, and how a row becomes tokens and these a score.
 
     `commit` is of a model from a hub, or of an adapter's base from there.
     """
     names = {field.name for field in fields(GoldSettings)} - {"gold_batch_tokens", "gold_dtype"}  # speed; the model's own dtype counts
-    known = {"gold": model_identity(name), "commit": commit, "dtype": dtype, "max_length": max_length}
+    source = code_digest(*(REPOSITORY / "parts" / file for file in ("gold_models.py", "conversations.py")))
+    known = {"gold": model_identity(name), "source": source, "commit": commit, "dtype": dtype, "max_length": max_length}
     return {**known, **{name: getattr(settings, name) for name in sorted(names)}}
 
 
@@ -152,8 +154,8 @@ class StarlingRMForInference(_GoldRewardModel):
     def encode(self, query: str, response: str) -> tuple[list[int], list[int]]:
         if self.settings.human_assistant_prefix:
             query = f"\n\nHuman: {query}\n\nAssistant: "
-        text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
-        ids = cut_left(self.tokenizer, self.tokenizer(text)["input_ids"], self.max_length)
+        text = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
+        ids = cut_left(self.tokenizer, self.tokenizer(text, add_special_tokens=False)["input_ids"], self.max_length)
         return ids, [0] * len(ids)
 
     def padding(self, rows: Sequence[Sequence[int]]) -> int:
@@ -232,7 +234,7 @@ class SequenceClassificationRMForInference(_GoldRewardModel):
         if not self._batches_are_alike():
             self.batch_size = 1
         elif can_pack(self._backbone):
-            train_faster(self._backbone)
+            fewer_kernels(self._backbone)
             self._most_packed = longest(self._backbone)
             self._most_packed *= self._batches_are_alike()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from parts.cli import Settings, setting
@@ -43,6 +43,8 @@ class GoldSettings(Settings):
             check_model_name(name)
         if self.human_assistant_prefix and not any(map(is_starling, names)):
             raise InputError("--human_assistant_prefix is for Starling, and no gold model is one")
+        if not names and (idle := [field.name for field in fields(self) if getattr(self, field.name) != field.default]):
+            raise InputError(f"--{idle[0]} is for gold models, and none is to score")
 
 
 def is_starling(name_or_path: str) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from parts import cpu_speed
+from parts.batching import shared_start
 
 ATTENTION = "within_rows"  # the name of `_attention` among transformers' kinds of attention
 MOST_TOKENS = 512  # in a row: attention keeps a table of [heads, own tokens, tokens] for the backward pass
@@ -51,15 +52,6 @@ class Packed:
         starts = (self.shared, *self.ends[:-1])
         rows = [(start, end, self.shared) for start, end in zip(starts, self.ends)]
         return [(0, self.shared, 0), *rows] if self.shared else rows
-
-
-def shared_start(rows: Sequence[torch.Tensor], most: int) -> int:
-    """How many tokens all rows begin with, at most `most`; none for a single row."""
-    if len(rows) < 2:
-        return 0
-    most = min(most, *map(len, rows))
-    same = (torch.stack([row[:most] for row in rows]) == rows[0][:most]).all(dim=0)
-    return int(same.cumprod(dim=0).sum())
 
 
 def pack(rows: Sequence[torch.Tensor], shared: int) -> Packed:

@@ -21,23 +21,25 @@ def moments(columns: Mapping[str, Sequence], qtypes: Sequence[str | None], of_al
     Rows without a value are left out; a column without any has no entry.
 
     Args:
-        columns: [rows] values each.
+        columns: [rows] values each; processes may have other ones, in another order.
         qtypes: [rows].
         of_all_processes: whether the rows of the other processes count too; all of them must call this then.
     """
     groups = {name: values for name, values in columns.items() if not any(isinstance(value, str) for value in values)}
     for qtype in QTYPES:
         groups |= {f"{name}/{qtype}": [v for v, own in zip(columns[name], qtypes) if own == qtype] for name in columns if name in groups}
-    sums = []
-    for values in groups.values():
+    own = {}
+    for name, values in groups.items():
         numbers = [float(value) for value in values if value is not None]
-        sums.append([len(numbers), sum(numbers), sum(value * value for value in numbers)])
+        own[name] = np.array([len(numbers), sum(numbers), sum(value * value for value in numbers)])
+    every = [own]
     if of_all_processes:
         from accelerate.utils import gather_object
 
-        sums = np.sum(gather_object([sums]), axis=0).tolist()
+        every = gather_object(every)
     found = {}
-    for name, (count, total, squares) in zip(groups, sums):
+    for name in {name: None for sums in every for name in sums}:
+        count, total, squares = sum(sums[name] for sums in every if name in sums).tolist()
         if count:
             mean = total / count
             found[name] = (mean, math.sqrt(max(squares / count - mean * mean, 0.0)))

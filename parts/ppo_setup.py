@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
 
+from parts.adapters import is_pattern
 from parts.cli import did_you_mean
 from parts.cpu_speed import use_onednn
 from parts.errors import InputError
@@ -28,13 +29,28 @@ def make_trainer(settings, tokenizer: PreTrainedTokenizerBase) -> FastPPOTrainer
     """Join the run's processes and set the trainer up, with the same new weights on each. Its `accelerator` is the run's.
 
     Raises:
-        InputError: the model cannot be loaded, or cannot carry such an adapter.
+        InputError: a launch that no run resumes from, a model that cannot be loaded or carry such an adapter, or a tracker without a login.
         RuntimeError: not as many processes came together as were launched.
     """
     accelerator = join_processes(settings.mini_batch_size, settings.gradient_accumulation_steps)
+    check_launch(accelerator)
     policy = load_policy(settings, accelerator)
     optimization = optimizer_setup(settings, policy, accelerator.num_processes)
-    return FastPPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
+    try:
+        return FastPPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":  # which its own errors alone are
+            raise
+        raise InputError(f"--log_with wandb: {str(error).splitlines()[0]}") from None
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises InputError for a launch whose state no checkpoint holds, or whose rollouts are drawn in another precision than they are learnt."""
+    plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
+    if precision != "no" and (plugin is None or precision != "bf16"):
+        raise InputError(f"mixed precision {precision}, expected none (--bf16=true is for bf16 base weights), or DeepSpeed with bf16")
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError("DeepSpeed with ZeRO stage 3, expected stage 2 as in configs/zero2-bf16.yaml")
 
 
 def ppo_config(settings) -> PPOConfig:
@@ -77,7 +93,7 @@ def lora_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     Raises:
         InputError: a name that no module has.
     """
-    if len(names) == 1 and (names[0] == "all-linear" or set(names[0]) & set("*+?()[]{}|^$\\")):
+    if len(names) == 1 and (names[0] == "all-linear" or is_pattern(names[0])):
         return names[0]
     paths = [path for path, _ in model.named_modules()]
     for name in names:

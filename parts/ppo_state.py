@@ -14,6 +14,7 @@ It is written beside its place and renamed into it, so that a folder of that nam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from parts.adapters import sort_modules
 from parts.chat_templates import ChatTemplate, template_digest
 from parts.errors import InputError
 from parts.files import atomic_path, file_digest, read_json, write_json
@@ -55,7 +57,7 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
     """
     from accelerate.utils import gather_object
 
-    states = gather_object([_state(trainer)])
+    states = _gather_states(trainer)
     error = None
     if trainer.accelerator.is_main_process:
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -64,7 +66,9 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
                 raise ValueError(f"the weights of the {len(states)} processes differ, they no longer train one model")
             with atomic_path(folder) as temporary:
                 policy.pretrained_model.save_pretrained(temporary)
-                if not policy.is_peft_model:
+                if policy.is_peft_model:
+                    sort_modules(temporary)
+                else:
                     trainer.tokenizer.save_pretrained(temporary)
                 (temporary / "README.md").write_text(_card(record), encoding="utf-8")
                 head = {name: weight.contiguous() for name, weight in policy.v_head.state_dict().items()}
@@ -79,6 +83,26 @@ def save(trainer: FastPPOTrainer, folder: str | Path, record: dict, dev_rows: li
     (error,) = gather_object([error])[:1]
     if error:
         raise OSError(error)
+
+
+def _gather_states(trainer: FastPPOTrainer) -> list[tuple[dict[str, torch.Tensor], dict]]:
+    """Each process's state, in the main process; none elsewhere. In host memory: with all weights trained it is too large for a GPU's rest."""
+    import torch.distributed as dist
+
+    accelerator, state = trainer.accelerator, _state(trainer)
+    if accelerator.num_processes == 1:
+        return [state]
+    states = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    dist.gather_object(state, states, group=_host_group())
+    return states or []
+
+
+@functools.cache
+def _host_group():
+    """All processes, talking through host memory."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo")
 
 
 def run_facts(settings, template: ChatTemplate) -> dict:

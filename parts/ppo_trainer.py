@@ -36,7 +36,7 @@ from trl.core import convert_to_scalar, flatten_dict, masked_mean, masked_var, s
 from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
-from parts.cpu_speed import short_sequences, train_faster
+from parts.cpu_speed import fewer_kernels, short_sequences
 from parts.packing import Rollouts, attention_within, can_pack, longest
 from parts.ppo_policy import check_log_probabilities, checkpoint_in_eval_mode, teach_to_predict
 from parts.rows import QTYPES
@@ -55,7 +55,7 @@ class FastPPOTrainer(PPOTrainer):
     """
 
     def __init__(self, config, model, *args, **kwargs):
-        forward = teach_to_predict(train_faster(model))
+        forward = teach_to_predict(fewer_kernels(model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No dataset is provided")  # prompts come to `generate` and `step` from outside
             super().__init__(config, model, *args, **kwargs)
@@ -206,7 +206,7 @@ class FastPPOTrainer(PPOTrainer):
             responses=responses,
             kls=kls,
         )
-        stats["ppo/skipped_minibatches"] = torch.tensor(float(skipped))
+        stats["ppo/skipped_minibatches"] = torch.tensor(float(skipped * self.accelerator.num_processes))  # of all, once averaged over them
         if self.is_distributed:
             stats = self.gather_stats(stats)
         stats = convert_to_scalar(stats_to_np(stats))

@@ -60,6 +60,8 @@ def read_pairs(path: str) -> list[Pair]:
         weighted += given not in (1, 2)
         answers = (row["output_1"], row["output_2"])
         systems = tuple(row[field] for field in ("generator_1", "generator_2") if field in row)
+        if strange := [name for name in systems if not isinstance(name, str | None)]:
+            raise InputError(f"{path}: row {number}: a generator is {type(strange[0]).__name__}, expected a name")
         pairs.append(Pair(row["instruction"], answers[side - 1], answers[2 - side], systems=systems))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     if not pairs:

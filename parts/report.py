@@ -72,6 +72,10 @@ def describe(found: dict, steps: list[int]) -> str:
         f"n = {found['n']} checkpoints of one run; p over {orders} orders of them {found['exact_pvalue']:.4g}, "
         f"Kendall's tau {found['kendall']:.3f}; they are not independent, so that either p claims too much",
     ]
+    if "interval" in found and not found["interval"]:
+        lines.append(
+            "no interval of SpearmanR over resampled prompts: of some the mean proxy or the mean gold score is the same everywhere"
+        )
     if found.get("interval"):
         lines.append("95% interval of SpearmanR over resampled prompts: {:.3f} to {:.3f}".format(*found["interval"]))
     if found.get("by_qtype"):

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,9 +107,9 @@ _said: set[str] = set()
 
 
 def say_once(line: str) -> None:
-    """Print a line that several steps of a run would print again; of several processes the first one prints it."""
+    """Print a line to stderr that several steps of a run would print again; of several processes the first one prints it."""
     if line not in _said and is_first_process():
-        print(line)
+        print(line, file=sys.stderr)
     _said.add(line)
 
 
@@ -223,7 +224,8 @@ def one_prompt(row: dict, number: int) -> dict | Problem:
     answer = {"output": turns[last + 1]["content"]} if last + 1 < len(turns) else {}
     asked = turns[: last + 1]
     whole = asked[0]["content"] if last == 0 else _paragraphs(asked)
-    return {**answer, **row, "messages": asked, "instruction": whole, "input": whole}
+    known = {name: value for name, value in row.items() if name not in answer or value is not None}
+    return {**answer, **known, "messages": asked, "instruction": whole, "input": whole}
 
 
 def row_problems(row: object, fields: Mapping[str, Sequence[str] | None], number: int) -> Iterator[Problem]:

@@ -306,35 +306,55 @@ DEVELOPMENT, TRAINING = "development rollouts", "training rollouts"
 KL_WINDOW = 2  # steps before and after the one whose rollouts a checkpoint drew, over which the logged KL is averaged
 
 
-def read_kl(trained: Mapping, steps: Sequence[int]) -> tuple[list[float | None], str]:
-    """Mean KL from the start at each checkpoint, in nats per response, from the run's metrics; and of which rollouts it is.
+def read_kl(checkpoints: Sequence[Checkpoint]) -> tuple[list[float | None], str]:
+    """Mean KL from the start at each of a run's checkpoints, in nats per response; and of which rollouts it is.
 
-    It is that of the development rollouts. Runs that did not measure it have the KL of training rollouts: of those drawn before a step's
-    update, so that checkpoint k's stand at step k + 1. A batch is small, so the mean over `KL_WINDOW` steps on either side is taken.
-
-    Args:
-        trained: the settings of the run; empty where there is no record of them.
-        steps: of the checkpoints.
+    It is that of the development rollouts, which checkpoints record. Runs that did not measure it have the KL of training rollouts in their
+    metrics: of those drawn before a step's update, so that checkpoint k's stand at step k + 1. A batch is small, so the mean over
+    `KL_WINDOW` steps on either side is taken.
 
     Returns:
-        [steps], None where the metrics do not say; and `DEVELOPMENT`, `TRAINING`, or nothing where there are no metrics.
+        [checkpoints], None where neither says; and `DEVELOPMENT`, `TRAINING`, or nothing where there are no metrics of the run.
     """
-    path = Path(trained.get("logging_dir", "")) / "metrics.jsonl"
-    if not trained or not path.is_file():
+    steps = [point.step for point in checkpoints]
+    measured = [0.0 if point.step == 0 else _number(point.record.get("development"), "dev/objective/kl") for point in checkpoints]
+    if None not in measured:
+        return measured, DEVELOPMENT
+    lines = _own_metrics(checkpoints)
+    logged = {step: value for step, line in lines.items() if (value := _number(line, "objective/kl")) is not None}
+    if not logged:
         return [None] * len(steps), ""
-    lines = [line for line in JsonLines(path).read() if isinstance(line, dict)]
-
-    def logged_as(name: str) -> dict[int, float]:
-        return {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float) and "step" in line}
-
-    measured, logged = logged_as("dev/objective/kl"), logged_as("objective/kl")
-    if all(step in measured for step in steps if step):
-        return [measured[step] if step else 0.0 for step in steps], DEVELOPMENT
     kl: list[float | None] = []
     for step in steps:
         near = [logged[other] for other in range(step + 1 - KL_WINDOW, step + 2 + KL_WINDOW) if other in logged]
         kl.append(0.0 if step == 0 else sum(near) / len(near) if near else None)
     return kl, TRAINING
+
+
+def _number(table: object, name: str) -> float | None:
+    value = table.get(name) if isinstance(table, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _own_metrics(checkpoints: Sequence[Checkpoint]) -> dict[int, dict]:
+    """The lines of a run's metrics by step: of the file in the place where the checkpoints are now, or where their record says.
+
+    Either may be another run's by now. A run's own has the development rewards that its checkpoints record; another's is said and left out.
+    """
+    last = checkpoints[-1]
+    if "logging_dir" not in last.trained:
+        return {}
+    recorded, output = Path(last.trained["logging_dir"]), Path(last.trained.get("output_dir", ""))
+    beside = [last.folder.parent / last.run / recorded.relative_to(output)] if last.run and recorded.is_relative_to(output) else []
+    known = {point.step: _number(point.record.get("development"), "dev/total") for point in checkpoints}
+    for path in dict.fromkeys(folder / "metrics.jsonl" for folder in [*beside, recorded]):
+        if path.is_file():
+            lines = {line["step"]: line for line in JsonLines(path).read() if isinstance(line, dict) and "step" in line}
+            both = [(_number(lines.get(step), "dev/total"), value) for step, value in known.items() if value is not None]
+            if all(found in (value, None) for found, value in both):
+                return lines
+            print(f"warning: {path} is of another run than {last.folder}, and says nothing of its KL")
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ provenance

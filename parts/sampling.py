@@ -8,7 +8,6 @@ A response depends on its prompt and its draws, not on the batch around it: rows
 
 from __future__ import annotations
 
-import inspect
 import math
 import zlib
 from collections import Counter
@@ -19,18 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from parts.adapters import is_plain
-from parts.batching import pad
 from parts.cpu_speed import one_token_at_a_time
 from parts.errors import InputError
+from parts.kv_batches import Batch, base_of, keeps_states, roomy_cache
 
-SPARE = 64  # tokens that a cache grows by, where it is full
+BLOCK = 256  # tokens whose probabilities are summed first, where one is drawn
 
 if TYPE_CHECKING:
-    from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from parts.chat_templates import ChatTemplate
 
@@ -70,9 +68,31 @@ class Decoding:
             logits = TopKLogitsWarper(self.top_k)(None, logits)
         if self.top_p < 1:
             logits = TopPLogitsWarper(self.top_p)(None, logits)
-        cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
-        target = draws.to(cumulative)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return look_up(torch.softmax(logits, dim=-1), draws)
+
+
+def look_up(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Where each row's number in [0, 1) falls in the cumulative distribution, [rows], in double precision.
+
+    First in the sums of `BLOCK` tokens, then inside one block: a vocabulary's worth of doubles a row would take longer than the softmax.
+
+    Args:
+        probabilities: [rows, vocabulary].
+        draws: [rows].
+    """
+    vocabulary = probabilities.shape[1]
+    whole = vocabulary // BLOCK * BLOCK
+    sums = probabilities[:, :whole].unflatten(1, (vocabulary // BLOCK, BLOCK)).sum(dim=-1, dtype=torch.float64)
+    if whole < vocabulary:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)], dim=1)
+    cumulative = sums.cumsum(dim=-1)
+    target = draws.to(cumulative)[:, None] * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    places = (block * BLOCK + torch.arange(BLOCK, device=block.device)).clamp(max=vocabulary - 1)
+    inside = probabilities.gather(1, places).double().cumsum(dim=-1)
+    token = block * BLOCK + torch.searchsorted(inside, target - before, right=True)
+    return token.squeeze(1).clamp(max=vocabulary - 1)
 
 
 def draw_key(seed: int, stream: str, row: int, sample: int = 0) -> np.ndarray:
@@ -122,118 +142,6 @@ def end_tokens(
     return frozenset(ends - {None})
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; other rows can take its slots."""
-
-    room: tuple[torch.Tensor, torch.Tensor]
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self.room[0].shape[2]:
-            self.room = tuple(room.new_empty(*room.shape[:2], end + SPARE, room.shape[3]) for room in self.room)
-            self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
-        keys, values = self.room
-        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
-
-    def _show(self, end: int) -> None:
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-
-    def reorder_cache(self, indices: torch.Tensor) -> None:
-        self.room = tuple(room[indices] for room in self.room)
-        self._show(self.keys.shape[2])
-
-    def put(self, slots: torch.Tensor, other: _RoomyLayer) -> None:
-        """The rows of `other` in place of those in `slots`, on the right."""
-        end = self.keys.shape[2]
-        for room, states in zip(self.room, (other.keys, other.values)):
-            room[slots, :, end - states.shape[2] : end] = states
-
-    def trim(self, unused: int) -> None:
-        """Forget the first `unused` tokens."""
-        self.room = tuple(room[:, :, unused:] for room in self.room)
-        self._show(self.keys.shape[2] - unused)
-
-
-def _roomy_cache(model: PreTrainedModel) -> Cache:
-    """An empty cache. Layers that keep all keys and values, and nothing else, are roomy ones."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-class _Batch:
-    """What a model has read of several rows. They end together: tokens are padded on the left.
-
-    Args:
-        prompts: token ids, at least one each.
-    """
-
-    logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.model, self.takes = model, inspect.signature(_base_of(model).forward).parameters
-        self.device = next(model.parameters()).device
-        self.cache = _roomy_cache(model)
-        self.recurrent = keeps_states(self.cache)
-        different = list(dict.fromkeys(map(tuple, prompts)))  # the same prompt is read once
-        ids, self.mask = pad(different, different[0][0], "left", self.device)
-        self._read(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
-        if len(different) < len(prompts):
-            number = {prompt: place for place, prompt in enumerate(different)}
-            self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
-
-    @property
-    def can_refill(self) -> bool:
-        """Whether rows can take the places of others: only where all that is kept of a row is keys and values of all its tokens."""
-        return all(isinstance(layer, _RoomyLayer) for layer in self.cache.layers)
-
-    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions, "logits_to_keep": 1}
-        given |= {} if self.recurrent else {"attention_mask": self.mask}
-        output = self.model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in self.takes})
-        self.logits, self.positions = output.logits[:, -1], positions[:, -1:] + 1
-
-    def read(self, tokens: torch.Tensor) -> None:
-        """One more token of each row, [rows]."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self._read(tokens[:, None], self.positions)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """These rows alone, in this order; one may come twice."""
-        self.cache.reorder_cache(rows)
-        self.mask, self.positions, self.logits = self.mask[rows], self.positions[rows], self.logits[rows]
-
-    def forget(self, slots: torch.Tensor) -> None:
-        """Let the rows in `slots` go on as new ones, so that none grows beyond the positions that the model has."""
-        self.mask[slots, :-1], self.positions[slots] = 0, 0
-
-    def refill(self, slots: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
-        others = _Batch(self.model, prompts)
-        width = self.mask.shape[1] - others.mask.shape[1]
-        self.mask[slots, :width], self.mask[slots, width:], self.positions[slots] = 0, others.mask, others.positions
-        unused = int(self.mask.any(dim=0).int().argmax())
-        self.mask = self.mask[:, unused:]
-        for layer, other in zip(self.cache.layers, others.cache.layers):
-            layer.put(slots, other)
-            layer.trim(unused)
-        return others.logits
-
-
-def keeps_states(cache: Cache) -> bool:
-    """Whether a layer keeps a state that reads on, in which padding would count, and not keys and values alone."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
-
-
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -267,7 +175,7 @@ def sample(
     """
     waiting = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), *prompts[place]))  # the same prompts side by side
     responses: list[list[int]] = [[] for _ in prompts]
-    recurrent = keeps_states(_roomy_cache(model))
+    recurrent = keeps_states(roomy_cache(model))
     device = next(model.parameters()).device
     numbers, first = draws.to(device).flatten(), torch.arange(0, draws.numel(), draws.shape[1], device=device)  # no step waits for a copy
 
@@ -304,7 +212,7 @@ def sample(
 
     while waiting:
         places = enter(at_a_time or len(waiting))
-        batch, at = _Batch(model, [prompts[place] for place in places]), first[places]
+        batch, at = Batch(model, [prompts[place] for place in places]), first[places]
         tokens, places = choose(places, batch.logits, at)
         while any(place >= 0 for place in places):
             ended = [slot for slot, place in enumerate(places) if place < 0]
@@ -329,10 +237,6 @@ def sample(
     return responses
 
 
-def _base_of(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel) -> None:
     """Compare what `sample` computes, with padding, cache and rows that leave and enter, with the model's own pass over each row alone.
@@ -340,8 +244,9 @@ def check_sampling(model: PreTrainedModel) -> None:
     Raises:
         InputError: the distributions of the next token differ by more than rounding, or the model cannot be sampled this way.
     """
-    first = torch.randint(model.get_input_embeddings().weight.shape[0], (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompts, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:21], first[21:22] * 3, first[22:24] * 2, first[18:21]]
+    first = torch.randint(model.get_input_embeddings().weight.shape[0], (44,), generator=torch.Generator().manual_seed(0)).tolist()
+    start, first = first[24:], first[:24]  # of all prompts, which is read once where it can be
+    own, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:21], first[21:22] * 3, first[22:24] * 2, first[18:21]]
     seen: list[torch.Tensor] = []
 
     class Forced(Decoding):
@@ -351,20 +256,20 @@ def check_sampling(model: PreTrainedModel) -> None:
             seen.extend(zip(draws.tolist(), logits.float().softmax(dim=-1)))
             return tokens[draws.long()].to(logits.device)
 
-    steps = 3
+    steps, prompts = 3, [start + rest for rest in own]
     tokens = torch.tensor([row[:steps] for row in forced]).flatten()
     places = torch.arange(len(tokens)).reshape(len(prompts), steps)
-    name = model.config.name_or_path or type(_base_of(model)).__name__
+    name = model.config.name_or_path or type(base_of(model)).__name__
     try:
-        own = {}
+        alone = {}
         for row, (prompt, answer) in enumerate(zip(prompts, forced)):
             ids = torch.tensor([prompt + answer[: steps - 1]], device=next(model.parameters()).device)
-            own |= dict(zip(places[row].tolist(), model(input_ids=ids, use_cache=False).logits[0, -steps:].float().softmax(dim=-1)))
+            alone |= dict(zip(places[row].tolist(), model(input_ids=ids, use_cache=False).logits[0, -steps:].float().softmax(dim=-1)))
         with ready_to_sample(model, len(prompts)):
             sample(model, prompts, Forced(steps), places, {forced[1][0]}, at_a_time=3)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise InputError(f"{name}: cannot be sampled with a cache ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    difference = max((own[place] - found).abs().sum().item() / 2 for place, found in seen)
+    difference = max((alone[place] - found).abs().sum().item() / 2 for place, found in seen)
     if not difference <= (3e-4 if next(model.parameters()).dtype == torch.float32 else 0.2):
         raise InputError(
             f"{name}: sampling with a cache gives other probabilities than the model's own pass (by {difference:.2g}), expected a model that samples alike"

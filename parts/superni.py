@@ -134,10 +134,10 @@ def score(instance: Instance, prediction: str) -> dict[str, float]:
 
 
 def summarise(instances: Sequence[Instance], scores: Sequence[dict[str, float]]) -> dict[str, dict]:
-    """Means in percent, as the benchmark reports them, overall, by category and by task.
+    """Means over instances in percent, as the benchmark reports them, overall, by category and by task.
 
-    The standard error of a task is over its instances; those of a category and overall are over the tasks' means, because
-    instances of one task are alike. Exact match is over classification tasks alone.
+    The standard error of a task is over its instances. Those of a category and overall are over tasks, because instances of one task are
+    alike: the mean's error by the sums of each task's deviations. Exact match is over classification tasks alone.
     """
     by_task: dict[str, list[dict[str, float]]] = {}
     category = {}
@@ -178,9 +178,14 @@ def _over_tasks(tasks: Iterable[dict]) -> dict:
     tasks = list(tasks)
     found = {"tasks": len(tasks), "instances": sum(task["instances"] for task in tasks)}
     for metric in ("rouge_l", "rouge_l_first", "exact_match"):
-        means = [task[metric]["mean"] / 100 for task in tasks if metric in task]
-        if means:
-            found[metric] = _mean_and_error(means)
+        counted = [task for task in tasks if metric in task]
+        if not counted:
+            continue
+        instances, several = sum(task["instances"] for task in counted), len(counted)
+        mean = sum(task["instances"] * task[metric]["mean"] for task in counted) / instances
+        squares = sum((task["instances"] * (task[metric]["mean"] - mean)) ** 2 for task in counted)
+        error = math.sqrt(squares * several / (several - 1)) / instances if several > 1 else None
+        found[metric] = {"mean": mean, "standard_error": error}
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parts.adapters import VLLM_RANKS
 from parts.files import read_json
 from parts.models import loading
 from parts.sampling import Decoding, row_seed
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM, SamplingParams
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be built for
 MEMORY = Path("/dev/shm")  # where a folder is in memory
 
 
@@ -39,7 +39,7 @@ def load_vllm(model: str, dtype: str, length: int, rank: int, **options: object)
     with loading(model, "a model for vLLM"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
         length = min(length, getattr(config, "max_position_embeddings", length))
-        most = next(size for size in RANKS if size >= rank)
+        most = next(size for size in VLLM_RANKS if size >= rank)
         return LLM(model=model, dtype=dtype or "auto", enable_lora=rank > 0, max_lora_rank=most, max_model_len=length, **options)
 
 

@@ -11,8 +11,9 @@ import torch
 from conftest import run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parts.adapters import KINDS, check_adapter, gives_base_back, put_on
+from parts.adapters import KINDS, check_adapter, check_pattern, gives_base_back, put_on
 from parts.errors import InputError
+from parts.files import read_json
 from parts.generation import HFEngine
 from parts.models import load_tokenizer
 from parts.ppo_setup import lora_targets
@@ -171,9 +172,19 @@ def test_other_adapters_that_are_refused(base, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "NEWEST"}), encoding="utf-8")
     with pytest.raises(InputError, match="peft_type is NEWEST"):
         check_adapter(folder)
-    with pytest.raises(InputError, match="more than LoRA's two matrices, which is all that --engine vllm takes"):
+    with pytest.raises(InputError, match="more than LoRA's two matrices of one rank and scale, which is all that --engine vllm takes"):
         check_adapter(save(base, tmp_path / "dora", lora(use_dora=True), 1), plain=True)
     check_adapter(save(base, tmp_path / "lora", lora(), 1), plain=True)
+    # vLLM knows one rank and one scale of all modules.
+    for name, more in (("ranks", {"rank_pattern": {"q_proj": 4}}), ("scales", {"alpha_pattern": {"q_proj": 4}})):
+        folder = save(base, tmp_path / name, lora(**more), 1)
+        check_adapter(folder)
+        with pytest.raises(InputError, match="more than LoRA's two matrices of one rank and scale"):
+            check_adapter(folder, plain=True)
+    config = read_json(tmp_path / "lora" / "adapter_config.json")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "r": 1024}), encoding="utf-8")
+    with pytest.raises(InputError, match="its rank is 1024, expected 512 at most with --engine vllm"):
+        check_adapter(tmp_path / "lora", plain=True)
     assert not gives_base_back(tmp_path / "dora") and gives_base_back(tmp_path / "lora")
 
 
@@ -205,6 +216,13 @@ def test_an_adapter_without_a_record_needs_its_template_said(base, plain, eval_f
     assert done.returncode == 2 and f"{plain[0]}: no record of a training run, expected --chat_template_name" in done.stderr
     done = run_script(*words, "--chat_template_name=tokenizer")
     assert done.returncode == 0, done.stderr
+
+
+def test_patterns_of_modules():
+    check_pattern([r".*layers\.0\..*(q|v)_proj"])
+    check_pattern(["q_proj", "v_proj"])
+    with pytest.raises(InputError, match=r"--lora_target_modules is '\*_proj', expected a regular expression \(nothing to repeat"):
+        check_pattern(["*_proj"])
 
 
 def test_lora_target_modules(base):

@@ -317,7 +317,7 @@ def test_addresses(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
     assert api_address("") == "http://127.0.0.1:8000/v1"
     assert api_address("https://other/v1") == "https://other/v1"
-    for address in ("other/v1", "https://me:secret@other/v1", "https://other/v1?key=secret"):
+    for address in ("other/v1", "https://me:secret@other/v1", "https://other/v1?key=secret", "http://other:80a0/v1", "https:///v1"):
         with pytest.raises(InputError, match="--base_url") as raised:
             api_address(address)
         assert "secret" not in str(raised.value)

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, ROWS, run_script
 from nltk.tokenize import wordpunct_tokenize
 from test_processes import launcher
 
-from eval_monotonicity import run_to_choose_by
+from eval_monotonicity import check_start, run_to_choose_by
 from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
 from parts.best_of_n_command import sentences
 from parts.errors import InputError, run_main
@@ -302,6 +302,25 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     assert "warning: --best_of_n has no curve of LI\n" in capsys.readouterr().out
 
 
+def test_samples_of_a_trained_policy_do_not_stand_beside_its_run(tmp_path, capsys):
+    """Their KL is not from where the run began."""
+    rows = [{"instruction": name, "output": name} for name in "abc"]
+    run = SimpleNamespace(name="full", checkpoints=[SimpleNamespace(rows=rows)])
+    for step in (0, 5):
+        folder = tmp_path / f"full_step_{step}"
+        folder.mkdir()
+        path = write_samples(folder / f"samples-full_step_{step}.jsonl")
+        (folder / f"samples-full_step_{step}.meta.json").write_text(json.dumps({"rows": 3, "model": "m", "adapter": str(folder)}))
+        if step:
+            with pytest.raises(InputError, match="samples of full_step_5, expected those of the model that the runs start from"):
+                check_start(Samples(path), [run])
+        else:
+            check_start(Samples(path), [run])
+            assert capsys.readouterr().out == ""
+            check_start(Samples(path), [SimpleNamespace(name="li", checkpoints=[SimpleNamespace(rows=rows[:2])])])
+            assert capsys.readouterr().out == f"warning: {path} and the rollouts of li answer different prompts\n"
+
+
 def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkeypatch, capsys):
     """Without a gold; the reader of `train_sft.py` takes them."""
     from parts.chat_templates import load_template
@@ -309,7 +328,7 @@ def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkey
     from parts.sft_data import read_examples
 
     words = ["eval_monotonicity.py", "--best_of_n", sampled, *LI_RP, "--write_best", 4]
-    for file in (tmp_path / "best.json", tmp_path / "best.jsonl"):
+    for file in (tmp_path / "best.json", tmp_path / "lines.jsonl"):
         assert run_inside(monkeypatch, *words, file) == 0
         rows = read_rows(file, {"input": None, "output": None, "qtype": None})
         assert [set(row) for row in rows] == [{"input", "output", "qtype"}] * 6
@@ -389,6 +408,10 @@ def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: s
         (None, ["--write_best", 4, "{folder}/new.json"], "--write_best is 4, expected at most 3, the samples of a row in"),
         (None, ["--write_best", "x"], "--write_best is 'x', expected n and a file"),
         (None, ["--write_best", 2, "{folder}/samples.jsonl"], "samples.jsonl exists already, expected the name of a new file"),
+        (None, ["--write_best", 2, "{folder}/samples.json"], "samples.meta.json exists already, expected the name of a new file"),
+        (None, ["--write_best", 2, "{folder}/new.json.gz"], "new.json.gz, expected a file that ends in .json or .jsonl"),
+        (None, ["--steps", 2], "--steps and --include_start choose among a run's checkpoints, expected --model_prefix"),
+        (None, ["--reward_function={folder}/f.py:f"], "--relevance_scaling: --best_of_n is judged by {folder}/f.py:f, which does not read it"),
         (None, ["--write_best", 2, "{folder}/new.json", "--all_designs=true"], "--write_best takes what one design chooses of one file"),
         (None, ["{folder}/other.jsonl"], "other.jsonl: row 2: another instruction, expected the prompts of"),
         (None, ["{folder}/samples.jsonl"], "samples.jsonl: samples of the name samples come twice, expected one file of each"),
@@ -411,6 +434,7 @@ def test_samples_that_cannot_be_judged(change, words, message, tmp_path, monkeyp
     path = write_samples(tmp_path / "samples.jsonl")
     write_samples(tmp_path / "other.jsonl", "axc")
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a"}, {"instruction": "c"}]), encoding="utf-8")
+    (tmp_path / "f.py").write_text("def f(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n", encoding="utf-8")
     meta = {"rows": 3, "adapter": None, "model": "nobody/nothing", "template": "alpaca"}
     (tmp_path / "samples.meta.json").write_text(json.dumps(meta), encoding="utf-8")
     if change:
@@ -421,4 +445,4 @@ def test_samples_that_cannot_be_judged(change, words, message, tmp_path, monkeyp
     gold = [] if "--gold_scores=x.csv" in words else ["--gold_model=nobody/gold"]
     assert run_inside(monkeypatch, "eval_monotonicity.py", *LI_RP, *gold, "--best_of_n", path, *words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert error.startswith("error: ") and message.replace("{folder}", str(tmp_path)) in error

@@ -124,6 +124,7 @@ def test_common_draws_and_bf16(tiny_model, checkpoints, eval_file, tmp_path):
     done = run_script(*command, "--common_draws=true", "--dtype=bfloat16", "--overwrite=true")
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path, 2) == texts(tmp_path, 3) != own
+    assert "alpaca-eval-run_step_2.json: 100%" in done.stderr and "alpaca-eval-run_step_3.json: 100%" not in done.stderr  # drawn once
     meta = read_json(tmp_path / "run_step_3" / "alpaca-eval-run_step_3.meta.json")
     assert meta["common_draws"] is True and meta["dtype"] == "bfloat16"
     done = run_script(*command, "--dtype=half")
@@ -243,8 +244,10 @@ def test_superni_scores_by_hand(superni_folder):
     assert "exact_match" not in summary["by_category"]["Title Generation"]
     overall = summary["overall"]
     assert (overall["tasks"], overall["instances"]) == (2, 3)
-    assert overall["rouge_l"] == {"mean": pytest.approx(62.5), "standard_error": pytest.approx(12.5)}
-    assert overall["rouge_l_first"]["mean"] == pytest.approx((50 + 200 / 7) / 2)
+    # Over instances, (100 + 0 + 75) / 3. Deviations of the tasks' sums, 2 (50 - 175/3) and 75 - 175/3, are -50/3 and 50/3.
+    error = (2 * ((50 / 3) ** 2 + (50 / 3) ** 2)) ** 0.5 / 3
+    assert overall["rouge_l"] == {"mean": pytest.approx(175 / 3), "standard_error": pytest.approx(error)}
+    assert overall["rouge_l_first"]["mean"] == pytest.approx((100 + 0 + 200 / 7) / 3)
     assert overall["exact_match"] == {"mean": 50.0, "standard_error": None}  # of one classification task
 
 

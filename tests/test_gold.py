@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import train_gold_rm
@@ -16,7 +17,7 @@ from parts.batching import batches_by_length
 from parts.bradley_terry import bradley_terry_loss
 from parts.conversations import encode_conversation
 from parts.errors import InputError
-from parts.files import read_json
+from parts.files import REPOSITORY, code_digest, read_json
 from parts.gold_models import (
     GoldSettings,
     LazyGold,
@@ -87,14 +88,14 @@ def test_starling_scores_the_last_token(starling):
     assert isinstance(gold, StarlingRMForInference)
     assert LazyGold(str(starling), "cpu", 4, GoldSettings()).facts == gold.facts
     scores = gold.get_reward(BATCH)
-    texts = [f"<|im_start|>user\n{row['input']}<|im_end|>\n<|im_start|>assistant\n{row['output']}<|im_end|>\n" for row in ROWS]
+    texts = [f"<|im_start|>user\n{row['input']}<|im_end|>\n<|im_start|>assistant\n{row['output']}<|im_end|>" for row in ROWS]
     assert scores == pytest.approx([hand_score(starling, text) for text in texts], rel=1e-4, abs=1e-5)
     assert gold.get_reward({name: values[:1] for name, values in BATCH.items()}) == pytest.approx(scores[:1], rel=1e-5)
 
 
 def test_starling_truncates_on_the_left_and_can_wrap_as_published(starling):
     short = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu", max_length=10)
-    text = f"<|im_start|>user\n{ROWS[0]['input']}<|im_end|>\n<|im_start|>assistant\n{ROWS[0]['output']}<|im_end|>\n"
+    text = f"<|im_start|>user\n{ROWS[0]['input']}<|im_end|>\n<|im_start|>assistant\n{ROWS[0]['output']}<|im_end|>"
     one = {name: values[:1] for name, values in BATCH.items()}
     assert short.get_reward(one) == pytest.approx([hand_score(starling, text, limit=10)], rel=1e-4)
     wrapped = StarlingRMForInference(str(starling), tokenizer_name=str(starling), device="cpu",
@@ -172,7 +173,8 @@ def test_what_a_gold_score_depends_on(tiny_gold, tmp_path):
     import shutil
 
     gold = load_gold_reward_model(str(tiny_gold), device="cpu")
-    assert gold.facts == {"gold": model_identity(str(tiny_gold)), "commit": None, "dtype": "float32", "max_length": 512,
+    source = code_digest(REPOSITORY / "parts/gold_models.py", REPOSITORY / "parts/conversations.py")
+    assert gold.facts == {"gold": model_identity(str(tiny_gold)), "source": source, "commit": None, "dtype": "float32", "max_length": 512,
                           "load_in_8bit": False, "load_in_4bit": False, "human_assistant_prefix": False}  # fmt: skip
     settings = GoldSettings(gold_dtype="float32", gold_batch_tokens=60)
     assert load_gold_reward_model(str(tiny_gold), device="cpu", settings=settings).facts == gold.facts  # these are a matter of speed
@@ -193,6 +195,8 @@ def test_unusable_gold_settings(monkeypatch):
     with pytest.raises(InputError, match="human_assistant_prefix is for Starling"):
         GoldSettings(human_assistant_prefix=True).check_gold(["owner/another-model"])
     GoldSettings(human_assistant_prefix=True).check_gold(["Nexusflow/Starling-RM-34B", "owner/another-model"])
+    with pytest.raises(InputError, match="--gold_dtype is for gold models, and none is to score"):
+        GoldSettings(gold_dtype="float32").check_gold([])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="need bitsandbytes, which is not installed"):
         GoldSettings(load_in_4bit=True).check_gold([])
@@ -203,7 +207,13 @@ def test_pairs_of_texts_without_a_chat_template(tiny_gold):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_gold)
     tokenizer.chat_template = None
-    assert encode_conversation(tokenizer, "ab", "cd", 99) == tokenizer("ab", "cd")["input_ids"]
+    with pytest.raises(InputError, match="its tokenizer has no chat template, and nothing that ends a pair of texts"):
+        encode_conversation(tokenizer, "ab", "cd", 99)  # "abcd" to the model, as any other halves of it would be
+    first, last = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    specials = [("<|im_start|>", first), ("<|im_end|>", last)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(pair="$A <|im_start|> $B <|im_end|>", special_tokens=specials)
+    ids = encode_conversation(tokenizer, "ab", "cd", 99)
+    assert tokenizer.decode(ids) == "ab<|im_start|>cd<|im_end|>" and ids == tokenizer("ab", "cd")["input_ids"]
 
 
 def test_a_model_without_a_reward_head_is_refused(tiny_model):
@@ -391,6 +401,20 @@ def test_training_from_the_command_line(tiny_model, tmp_path):
     scores = load_gold_reward_model(str(output), device="cpu").get_reward(BATCH)
     assert len(set(scores)) == len(ROWS)
     assert not output.with_name("gold.unfinished").exists()
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(read_json(output / "adapter_config.json")["target_modules"]) == linear
+
+    # Again it is there; other settings, or another thing in its place, are in the way.
+    words = ["train_gold_rm.py", "--preferences", preferences, "--model_name", tiny_model, "--output_dir", output, "--pairs", 16,
+             "--batch_size", 4, "--lora_layers", 1, "--bf16", "false", "--heldout_systems", "system 4", "--epochs", 2]  # fmt: skip
+    done = run_script(*words, "--forward_tokens", 64)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{output}: is there already, made as it would be now"
+    done = run_script(*words)
+    told = f"error: {output}: exists already, made otherwise (--overwrite=true replaces it)"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
+    done = run_script(*words, "--output_dir", tiny_model)
+    told = f"error: --output_dir: {tiny_model} is there and is no gold model, expected another place"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
 
     again = tmp_path / "again"
     words = (
@@ -458,6 +482,32 @@ def test_a_training_that_was_begun_otherwise_is_refused(tiny_model, tmp_path):
     assert resumable_training(unfinished, "other", overwrite=True) is None
     begin_training(unfinished, "other", None)
     assert [path.name for path in unfinished.iterdir()] == ["fingerprint"]
+
+
+def test_a_model_without_a_chat_template_is_trained_with_one(tiny_model, tmp_path):
+    """Of which the adapter's tokenizer knows, so that it scores as it was trained."""
+    from transformers import AutoTokenizer
+
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_model, plain)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = None
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(plain)
+    model, tokenizer = train_gold_rm.reward_model(
+        train_gold_rm.GoldTrainingSettings(model_name=str(plain), preferences="", output_dir="", lora_layers=1)
+    )
+    model.save_pretrained(tmp_path / "gold")
+    tokenizer.save_pretrained(tmp_path / "gold")
+    gold = load_gold_reward_model(str(tmp_path / "gold"), device="cpu")
+    text = gold.tokenizer.decode(gold.encode("Add 2.", "It is 4.")[0])
+    assert text.endswith("completes the request.\n\n### Instruction:\nAdd 2.\n\n### Response:\nIt is 4.<|im_end|>")
+
+
+def test_gold_training_is_for_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were launched, expected one"):
+        train_gold_rm.GoldTrainingSettings(preferences="p.json")
 
 
 def test_a_bad_preference_is_named(tmp_path):

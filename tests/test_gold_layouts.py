@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CHATML, ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from parts.batching import pad
@@ -51,9 +52,14 @@ def tokenizer_of(tiny_model, tmp_path_factory):
         folder = tmp_path_factory.mktemp("layout") / "model"
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         tokenizer.chat_template = template
+        if template is None and not types:
+            ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="$A <|im_end|>",
+                pair="$A <|im_start|> $B <|im_end|>",
+                special_tokens=list(zip(["<|im_start|>", "<|im_end|>"], ids)),
+            )
         if types:
-            from tokenizers.processors import TemplateProcessing
-
             tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
             ids = tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]"])
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -21,13 +21,14 @@ from eval_monotonicity import (
     short_names,
     warn_of_changed_code,
     warn_of_other_draws,
+    warn_of_other_training,
 )
 from parts.chat_templates import load_template
 from parts.designs import all_designs
 from parts.errors import InputError
-from parts.files import read_json
+from parts.files import read_json, write_json
 from parts.rank_statistics import ScoredRun, curve, gains, table_text
-from parts.runs import read_kl
+from parts.runs import Checkpoint, read_kl
 from parts.scores import ScoreStore, gold_columns, proxy_columns, read_gold_scores, score_rows
 from reward_model import ProxySettings, ReversedEngineeredRewardForInference, RewardSettings, proxy_of_run
 
@@ -132,17 +133,49 @@ def test_gold_tables(tmp_path):
         read_gold_scores(str(table), [1])
 
 
+def checkpoints(folder, development: dict[int, dict], settings: dict | None):
+    """Checkpoints of a run `folder`/full with records, or without where there are no settings."""
+    points = []
+    for step, means in development.items():
+        points.append(Checkpoint(folder / f"full_step_{step}"))
+        points[-1].folder.mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            write_json(points[-1].folder / "training_record.json", {"development": means, "settings": settings})
+    return points
+
+
+def write_metrics(folder, lines: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
 def test_kl_is_that_of_the_steps_after_a_checkpoint(tmp_path):
-    lines = [{"step": step, "objective/kl": float(step)} for step in range(1, 9)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    logs = tmp_path / "full" / "logs"
+    settings = {"output_dir": str(tmp_path / "full"), "logging_dir": str(logs)}
+    write_metrics(logs, [{"step": step, "objective/kl": float(step)} for step in range(1, 9)])
     # checkpoint 4: steps 3 to 7; checkpoint 8: steps 7 and 8, the last ones there are; checkpoint 20: none
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8, 20]) == ([0.0, 5.0, 7.5, None], "training rollouts")
-    assert read_kl({}, [0, 4]) == ([None, None], "")
+    points = checkpoints(tmp_path, {0: {}, 4: {}, 8: {}, 20: {}}, settings)
+    assert read_kl(points) == ([0.0, 5.0, 7.5, None], "training rollouts")
+    assert read_kl(checkpoints(tmp_path / "bare", {0: {}, 4: {}}, None)) == ([None, None], "")
     # That of the development rollouts, where each checkpoint has it.
-    lines[3]["dev/objective/kl"], lines[7]["dev/objective/kl"] = 4.25, 8.5
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 4, 8]) == ([0.0, 4.25, 8.5], "development rollouts")
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 3, 8]) == ([0.0, 4.0, 7.5], "training rollouts")
+    measured = {0: {"dev/objective/kl": 0.0}, 4: {"dev/objective/kl": 4.25}, 8: {"dev/objective/kl": 8.5}}
+    assert read_kl(checkpoints(tmp_path, measured, settings)) == ([0.0, 4.25, 8.5], "development rollouts")
+    assert read_kl(checkpoints(tmp_path, {**measured, 4: {}}, settings)) == ([0.0, 5.0, 7.5], "training rollouts")
+
+
+def test_kl_of_another_run_is_not_taken(tmp_path, capsys):
+    """A run's folder was moved, and another run was trained in its old place: only the rewards in the metrics tell them apart."""
+    means = {0: {"dev/total": 1.0}, 4: {"dev/total": 1.5}}
+    settings = {"output_dir": str(tmp_path / "old" / "full"), "logging_dir": str(tmp_path / "old" / "full" / "logs")}
+    points = checkpoints(tmp_path / "new", means, settings)
+    write_metrics(tmp_path / "old" / "full" / "logs", [{"step": 4, "objective/kl": 99.0, "dev/total": 7.0}])
+    assert read_kl(points) == ([None, None], "")
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path}/old/full/logs/metrics.jsonl is of another run than {tmp_path}/new/full_step_4, and says nothing of its KL\n"
+    )
+    write_metrics(tmp_path / "new" / "full" / "logs", [{"step": 4, "objective/kl": 3.0, "dev/total": 1.5}])
+    assert read_kl(points) == ([0.0, 3.0], "training rollouts")
+    assert capsys.readouterr().out == ""
 
 
 def test_names_of_golds():
@@ -161,7 +194,7 @@ def test_a_gold_table_of_several_runs(tmp_path, capsys):
         read_gold_scores(str(table), [1, 2], "two", is_lone=False)
     table.write_text("run,step,human\nother,1,1\nother,2,3\n", encoding="utf-8")
     assert read_gold_scores(str(table), [1, 2], "one") == {"human": {1: 1.0, 2: 3.0}}
-    assert capsys.readouterr().out == f"{table}: no row of run 'one'; taken for it are those of 'other'\n"
+    assert capsys.readouterr().err == f"{table}: no row of run 'one'; taken for it are those of 'other'\n"
     table.write_text("step,human\n1,1\n2,3\n", encoding="utf-8")
     with pytest.raises(
         InputError, match="gold.csv: no column 'run', expected one with the names of --model_prefix where there are several$"
@@ -401,13 +434,56 @@ def test_a_run_knows_its_design(tmp_path, capsys):
     assert [run.design for run in runs.values()] == ["LI", "LI (target 20)", "reward model rm (proxy: LI * RP)", "LI * RP"]
     assert [run.own for run in runs.values()] == [True, True, False, False]  # without a record nobody knows
     assert read_run(settings, {"repetition_penalty": True}, "li").own is False
+    assert read_run(replace(settings, output_max_length=64), {}, "li").own is False
+    assert read_run(replace(settings, chat_template_name="alpaca"), {}, "li").own is True
     assert name_designs([runs["li"], runs["unrecorded"]]) == ["LI", "LI * RP"]
     near, far = (
         replace(runs["li"], proxy=proxy_of_run(trained[name] | {"repetition_penalty": False, "reward_branching": False}))
         for name in ("near", "far")
     )
     assert near.design == far.design == "LI * relevance" and name_designs([near, near]) == ["LI * relevance"] * 2
-    assert name_designs([near, far])[1] == "length_incentive=True, relevance_scaling=True, relevance by `owner/two`"
+    assert (
+        name_designs([near, far])[1]
+        == "length_incentive=True, relevance_scaling=True, relevance by `owner/two`, alpaca prompts, responses of 512 tokens at most"
+    )
+    longer = replace(runs["li"], output_max_length=1024)
+    assert name_designs([runs["li"], longer])[1].endswith("alpaca prompts, responses of 1024 tokens at most")
+
+
+def test_other_seeds_that_were_trained_otherwise_are_named(tmp_path, capsys):
+    for name, more in (("one", {"seed": 1}), ("two", {"seed": 2, "output_dir": "b"}), ("three", {"seed": 3, "learning_rate": 1e-4})):
+        settings = make_run(tmp_path, [1, 2, 4], name=name)
+        record(tmp_path, [1, 2, 4], name, **{"learning_rate": 1e-5, **more})
+    runs = [read_run(settings, {}, name) for name in ("one", "two", "three")]
+    warn_of_other_training(runs, name_designs(runs))
+    assert capsys.readouterr().out == "warning: three counts as another seed of one, and was trained with another learning_rate\n"
+
+
+def test_the_template_of_rollouts_without_a_record_is_that_which_made_them(tmp_path):
+    settings = make_run(tmp_path, [1, 2, 4])
+    for step in (1, 2, 4):
+        (tmp_path / f"run_step_{step}" / f"alpaca-eval-run_step_{step}.meta.json").write_text('{"template": "llama-2"}', encoding="utf-8")
+    typed = {"relevance_scaling": False, "reward_branching": False}
+    run = read_run(settings, typed, "run")
+    assert run.template.name == "llama-2" and run.template.strip_response("fine [INST] more") == "fine"
+    assert read_run(replace(settings, chat_template_name="alpaca"), typed, "run").template.name == "alpaca"
+
+
+def test_checkpoints_with_other_columns_are_one_line(tmp_path):
+    """A user's function that adds a column only where a response is long."""
+    make_run(tmp_path, [1, 2, 4])
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, completions, **columns):\n"
+        "    long = {'extra': [1.0] * len(prompts)} if len(completions[0].split()) > 4 else {}\n"
+        "    return {'total': [float(len(text)) for text in completions], **long}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "gold.csv").write_text("step,gold\n1,1\n2,2\n4,3\n", encoding="utf-8")
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": text} for text in "ab"]), encoding="utf-8")
+    words = ("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix=run", f"--gold_scores={tmp_path}/gold.csv")
+    done = run_script(*words, f"--data_path={tmp_path}/data.json", f"--reward_function={tmp_path}/f.py:f")
+    told = "error: reward: columns total, extra in run_step_4 and total in run_step_1, expected the same of all checkpoints"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
 
 
 def test_rollouts_of_designs_that_were_drawn_otherwise_are_named(tmp_path, capsys):

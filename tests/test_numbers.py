@@ -12,6 +12,7 @@ import torch
 from conftest import run_script
 
 from parts.errors import InputError
+from parts.files import write_json
 from parts.preferences import read_pairs
 from parts.rewards import FunctionReward, filled, load_functions, load_reward_function
 from parts.runs import Checkpoint, read_kl
@@ -103,6 +104,13 @@ def test_preferences_of_alpaca_eval(tmp_path, capsys):
     assert "p.json: 3 of 7 pairs; left out: 2 without a preference, 2 a tie; 2 between 1 and 2 count for their nearer side" in said
 
 
+def test_a_generator_that_is_no_name(tmp_path):
+    row = {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1, "generator_1": {"name": "x"}}
+    (tmp_path / "p.json").write_text(json.dumps([row]), encoding="utf-8")
+    with pytest.raises(InputError, match="p.json: row 1: a generator is dict, expected a name"):
+        read_pairs(str(tmp_path / "p.json"))
+
+
 @pytest.mark.parametrize("preference", [True, False, "1", 3, -1, 0.5, 2.5, [1], {}])
 def test_what_is_no_preference(tmp_path, preference):
     with pytest.raises(InputError, match=rf"p.json: row 2: field 'preference' is {re.escape(repr(preference))}, expected 1 or 2"):
@@ -148,7 +156,10 @@ def test_a_metrics_line_that_was_cut_short_is_no_kl(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "objective/kl": 2.0}\n{"step": 2, "objective/kl": null}\n{"step": 3, "obj', encoding="utf-8"
     )
-    assert read_kl({"logging_dir": str(tmp_path)}, [0, 1])[0] == [0.0, 2.0]
+    for step in (0, 1):
+        (tmp_path / f"run_step_{step}").mkdir()
+        write_json(tmp_path / f"run_step_{step}" / "training_record.json", {"settings": {"logging_dir": str(tmp_path)}})
+    assert read_kl([Checkpoint(tmp_path / f"run_step_{step}") for step in (0, 1)])[0] == [0.0, 2.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- user code

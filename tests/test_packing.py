@@ -7,8 +7,8 @@ import torch
 from test_families import VOCABULARY, build, policy
 
 from parts import cpu_speed
-from parts.batching import pad
-from parts.packing import _WithinRows, attention_within, can_pack, longest, pack, shared_start, without_padding
+from parts.batching import pad, shared_start
+from parts.packing import _WithinRows, attention_within, can_pack, longest, pack, without_padding
 
 ROWS = [torch.tensor([7, 8, 9, 1, 2]), torch.tensor([7, 8, 9, 5]), torch.tensor([7, 8, 4, 1, 2, 3])]
 
@@ -116,7 +116,7 @@ def states_and_gradients(wrapped) -> dict[str, torch.Tensor]:
 def test_fewer_kernels_give_the_same_gradients(family, norms):
     """Those of PEFT and transformers, after the weights changed too; what is saved stays as it was."""
     plain, fast = policy(family), policy(family)
-    cpu_speed.train_faster(fast)
+    cpu_speed.fewer_kernels(fast)
     swapped = [type(module).__name__ for module in fast.modules() if "forward" in vars(module)]
     assert sum(name.endswith("RMSNorm") for name in swapped) == norms and swapped.count("Linear") == 4
     assert list(fast.state_dict()) == list(plain.state_dict())
@@ -135,7 +135,7 @@ def test_an_adapter_that_is_off_stays_off():
     model, ids = wrapped.pretrained_model, torch.tensor([[5, 6, 7]])
     with model.disable_adapter():
         expected = model(ids).logits
-    cpu_speed.train_faster(wrapped)
+    cpu_speed.fewer_kernels(wrapped)
     with model.disable_adapter():
         torch.testing.assert_close(model(ids).logits, expected)
     assert not torch.allclose(model(ids).logits, expected, atol=1e-3)

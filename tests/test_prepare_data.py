@@ -388,6 +388,7 @@ def test_a_qtype_that_is_not_ours_is_left_out(tmp_path, monkeypatch, capsys):
         ("a.json", '{"input": "x", "output": %s}\n{"input": "y"}\n' % ("1" * 5000), "a.json: line 1: broken JSON .Exceeds the limit"),
         ("a.csv", "input,output\nx,y\nz\n", "a.csv: row 2: has more or fewer cells than the 2 columns"),
         ("a.csv", "input,output\n", "a.csv: no rows, expected at least one"),
+        ("a.csv", "input,output\nx,y\n ,y\n", "a.csv: row 2: column 'input' is empty, expected a prompt"),
         ("a.csv", 'input,output\n"x,y\n', "a.csv: line 2: broken CSV"),
         ("a.csv", "question,output\nx,y\n", "a.csv: row 1: no column 'input', expected one of those found: question, output"),
         ("a.parquet", "no", "a.parquet: not a Parquet file"),
@@ -403,6 +404,12 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch, name, content, message
     assert not (tmp_path / "rows.json").exists()
 
 
+def test_lines_in_a_json_file_with_a_byte_order_mark(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text('\ufeff{"input": "x", "output": "y"}\n{"input": "z", "output": ""}\n', encoding="utf-8")
+    run(monkeypatch, tmp_path / "a.json", "--output", tmp_path / "rows.json")
+    assert read_rows(tmp_path / "rows.json", {}) == [{"input": "x", "output": "y"}, {"input": "z", "output": ""}]
+
+
 def test_parquet_without_the_column(tmp_path, monkeypatch):
     write_table(tmp_path / "a.parquet", [{"q": "x", "a": "y"}])
     with pytest.raises(InputError, match="a.parquet: no column 'input', expected one of those found: q, a"):
@@ -414,6 +421,10 @@ def test_parquet_without_the_column(tmp_path, monkeypatch):
     [
         (["alpaca_farm"], "alpaca_farm: expected alpacafarm, alpaca_eval, superni, a .json"),
         (["hub"], "hub: expected alpacafarm"),
+        (["me/my--set"], "me/my--set: expected alpacafarm"),
+        (["./mine"], "./mine: expected alpacafarm"),
+        (["superni", "--url", "https://:secret@example.org/x"], "--url holds credentials"),
+        (["superni", "--url", "https://example.org/x?private_token=secret"], "--url holds credentials or a query"),
         (["alpacafarm", "--output", "x.json"], "--output has no meaning for alpacafarm"),
         (["alpaca_eval", "superni"], "2 sources given, expected one: alpaca_eval superni"),
         (["superni", "--revision", "master"], "--revision is 'master', expected a whole commit hash for superni"),

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, ROWS, run_script
 from safetensors.torch import load_file
@@ -163,6 +164,36 @@ def test_two_machines(tiny_model, rows_file, tmp_path):
     moments = [sum(tensor.numel() for name, tensor in state.items() if name.endswith("exp_avg")) for state in states]
     trained = sum(tensor.numel() for tensor in load_file(tmp_path / "tiny_step_1" / "adapter_model.safetensors").values()) + 33
     assert sum(moments) < trained + 64 and max(moments) <= trained / 2 + 32  # each has half of them, up to padding
+
+
+@pytest.mark.parametrize(("precision", "stage", "message"), [
+    ("no", None, ""),
+    ("bf16", 2, ""),
+    ("no", 2, ""),
+    ("fp16", None, "mixed precision fp16, expected none"),
+    ("fp16", 2, "mixed precision fp16"),
+    ("bf16", None, "mixed precision bf16, expected none .--bf16=true is for bf16 base weights., or DeepSpeed with bf16"),
+    ("bf16", 3, "DeepSpeed with ZeRO stage 3, expected stage 2"),
+])  # fmt: skip
+def test_launches_that_no_run_resumes_from_are_refused(precision, stage, message):
+    from parts.errors import InputError
+    from parts.ppo_setup import check_launch
+
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    launched = SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        check_launch(launched)
+
+
+def test_columns_of_processes_meet_by_name(monkeypatch):
+    """A user's function may return them in another order, or other ones, in another process."""
+    from parts.ppo_metrics import moments
+
+    other = {"style": [1.0, 3.0], "math": [5.0, 5.0]}
+    sums = {name: np.array([2, sum(values), sum(value * value for value in values)]) for name, values in other.items()}
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, sums])
+    found = moments({"math": [3.0], "more": [2.0]}, [None], of_all_processes=True)
+    assert found == {"math": (pytest.approx(13 / 3), pytest.approx((8 / 9) ** 0.5)), "more": (2.0, 0.0), "style": (2.0, 1.0)}
 
 
 @pytest.mark.parametrize(("module", "attribute", "dtype", "refused"), [

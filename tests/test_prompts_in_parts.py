@@ -57,7 +57,7 @@ def alpaca(tmp_path):
 def test_alpaca_rows_wherever_rows_are_read(alpaca, capsys):
     assert [row["input"] for row in read_rows(alpaca, {"input": None})] == WHOLE
     assert [row["instruction"] for row in read_rows(alpaca, {"instruction": None})] == WHOLE
-    assert capsys.readouterr().out == f"{alpaca}: 4 prompts are put together from 'instruction' and 'input', or from 'messages'\n"
+    assert capsys.readouterr().err == f"{alpaca}: 4 prompts are put together from 'instruction' and 'input', or from 'messages'\n"
     assert rows_and_instructions(str(alpaca))[1] == WHOLE
     assert [row["output"] for row in match_rows(alpaca, WHOLE[::-1], {"output": None}, "x")] == ["Tom", "Loire", "cold", "Bonjour."]
     assert len(index_prompts(alpaca).held_by(index_prompts(alpaca))[0]) == 4
@@ -90,6 +90,7 @@ def test_messages(tmp_path, tiny_model):
     rows = read_rows(path, {"instruction": None})
     assert [row["instruction"] for row in rows] == ASKED
     assert [row.get("output") for row in rows] == ["Loire", None, "Rex"]
+    assert one_prompt({**CHAT[0], "output": None}, 1)["output"] == "Loire"  # as pandas writes an empty cell
     tokenizer = load_tokenizer(str(tiny_model))
     own = load_template("tokenizer", tokenizer)
     prompts = read_prompts(str(path), {}, tokenizer, own, 512)
@@ -133,18 +134,18 @@ def test_rows_that_differ_are_said(tmp_path, capsys):
     rows = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2"}, {"instruction": "a", "output": "3"}]
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert [row["output"] for row in match_rows(path, ["b", "a"], {"output": None}, "x")] == ["2", "3"]
-    assert "1 instructions come twice and differ in output: the last row of each counts" in capsys.readouterr().out
+    assert "1 instructions come twice and differ in output: the last row of each counts" in capsys.readouterr().err
     assert match_rows(path, ["b", "a"], {}, "x")[1]["output"] == "3"  # a reward function reads all columns
-    assert "1 instructions come twice and differ in other columns: the last row of each counts" in capsys.readouterr().out
+    assert "1 instructions come twice and differ in other columns: the last row of each counts" in capsys.readouterr().err
     assert match_rows(path, ["b"], {"output": None}, "x")[0]["output"] == "2"
     assert match_rows(path, ["a", "b", "a"], {"output": None}, "x") == rows  # in the file's own order nothing is ambiguous
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_columns_named_as_ours(capsys):
     batch = reward_batch(["q"], ["r"], [{"input": "q", "response": "theirs", "prompts": "x", "level": 3}])
     assert batch == {"query": ["q"], "response": ["r"], "level": [3]}
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "the rows' column 'response' is left out" in said and "the rows' column 'prompts' is left out" in said
     with pytest.raises(InputError, match="row 2: fields 'reference' and 'output' differ"):
         reward_batch(["q", "p"], ["r", "s"], [{"output": "a", "reference": "a"}, {"output": "a", "reference": "b"}])
@@ -154,10 +155,10 @@ def test_the_commands_ask_the_whole_prompt(alpaca, tiny_model, tmp_path):
     """PPO used to train on the input alone, and evaluation to ask the instruction without it."""
     shown = subprocess.run([sys.executable, REPOSITORY / "data" / "prepare_data.py", alpaca, f"--output={tmp_path}/x.json"],
                            capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
-    assert shown.returncode == 0 and "4 prompts are put together" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "4 prompts are put together" in shown.stderr, shown.stderr
     assert [row["input"] for row in json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))] == WHOLE
     done = run_script(*ppo_words(tiny_model, alpaca, tmp_path / "alp", overall_steps=1, save_freq=1))
-    assert done.returncode == 0 and done.stdout.count("4 prompts are put together") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("4 prompts are put together") == 1, done.stderr
     seen = json.loads((tmp_path / "alp_step_1" / "development_rollouts.json").read_text(encoding="utf-8"))
     assert [row["input"] for row in seen] == WHOLE
     done = run_script("evaluation.py", f"--base_model_name={tiny_model}", "--peft_model_name", tmp_path / "alp_step_1", f"--data_path={alpaca}",

@@ -376,6 +376,8 @@ def test_what_is_said_of_designs():
     ]
     idle = sentences({"runs": [entry("a", "LI", gain(0.01, 0.031), gain(-3.01, 0.33))], "pairs": [], "unpaired": [], "best_of_n": chosen})
     assert len(idle) == 2  # PPO did not raise the proxy: nothing to compare
+    other = {**li, "own": False}  # trained on who knows what
+    assert len(sentences({"runs": [other], "pairs": [], "unpaired": [], "best_of_n": chosen})) == 2
     assert comparison_table({"runs": [li]}) == [{
         "run": "a", "design": "LI", "steps": "0 to 12", "proxy gain (SE)": "+0.48 (0.03)", "gold gain (SE)": "-3.01 (0.33)",
         "SpearmanR (interval)": "-1.00 (-1.00 to -0.80)", "gold peaks at": "4", "tokens": "18 -> 66", "repetition": "0.99 -> 0.90",

@@ -7,13 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from parts.chat_templates import ChatTemplate, encode_prompts, load_template
 from parts.generation import generate_responses
 from parts.models import load_tokenizer
 from parts.ppo_data import Prompt, batches, cut_at_stop_string
 from parts.ppo_metrics import require_finite_step
-from parts.sampling import Decoding, draw_key, ready_to_sample, row_draws, row_seed, sample
+from parts.sampling import Decoding, draw_key, look_up, ready_to_sample, row_draws, row_seed, sample
 
 PROMPTS = [Prompt(f"p{number}", [number], {}) for number in range(10)]
 
@@ -178,10 +179,32 @@ def test_no_row_grows_beyond_the_models_positions():
     assert sample(model, prompts, Decoding(8), draws, ends, at_a_time=16) == expected
 
 
+@pytest.mark.parametrize("tokens_at_a_time", [40, 100, 10**6])
+def test_what_all_prompts_begin_with_is_read_once(tiny_model, monkeypatch, tokens_at_a_time):
+    """And the rest in passes of a few tokens on a CPU, whose rows then lie in one batch: each response is that of its prompt alone."""
+    monkeypatch.setattr("parts.cpu_speed.TOKENS", tokens_at_a_time)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda layer, given, found: read.append(given[0].numel()))
+    start = list(range(10, 40))
+    prompts = [start + own for own in ([50, 51, 52, 53, 54, 55, 56], [60], [70, 71, 72], [70, 71], [80, 81], [70, 71])]
+    draws = row_draws(3, range(6), 9)
+    together = sample(model, prompts, Decoding(9), draws, ends={2})
+    first = read.index(5 if 5 in read else 6)  # the first step after the prompts
+    assert sum(read[:first]) < 30 + 5 * 7 + 1  # the start once, and at most the longest rest of the five different prompts
+    assert together == [sample(model, [prompt], Decoding(9), draws[row : row + 1], ends={2})[0] for row, prompt in enumerate(prompts)]
+
+
 def test_draws_follow_the_distribution():
     logits = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
     draws = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999999], dtype=torch.float64)
     assert Decoding(1).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 2, 2, 3, 3]
+    many = torch.rand(8, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()  # of more than one block
+    many[:, 250:600], many[:, 999] = 0, 0  # a whole block, and parts of its neighbours and of the last one, that no number falls into
+    numbers = torch.cat([torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64), torch.rand(6, dtype=torch.float64)])
+    cumulative = many.double().cumsum(dim=-1)
+    expected = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    assert look_up(many, numbers).tolist() == expected.tolist()
     assert Decoding(1, top_k=2).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 0, 2, 2, 2]  # 0.625 and 0.375
     assert Decoding(1, top_p=0.6).choose(logits.expand(6, 4), draws).tolist() == [0, 0, 0, 2, 2, 2]
     assert Decoding(1, temperature=0).choose(logits.expand(6, 4), draws).tolist() == [0] * 6

@@ -42,7 +42,7 @@ def without(name: str) -> dict:
 def test_leaderboards(tmp_path, capsys, name, text, expected, told):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert read_leaderboard(str(tmp_path / name)) == expected
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert told in said and (told or not said)
 
 
@@ -75,7 +75,7 @@ def test_gold_scores_by_step(tmp_path, capsys):
     path = tmp_path / "gold.csv"
     path.write_text('step,gold,share,note\n500,"1,200",40%,first\n1000,1300,50%,second\n', encoding="utf-8")
     assert read_gold_scores(str(path), [500, 1000]) == {"gold": {500: 1200.0, 1000: 1300.0}, "share": {500: 40.0, 1000: 50.0}}
-    assert "left out: columns without numbers: 'note'" in capsys.readouterr().out
+    assert "left out: columns without numbers: 'note'" in capsys.readouterr().err
     path.write_text("step,gold,human\n500,-,1\n1000,1300,2\n", encoding="utf-8")  # the first row used to decide
     assert read_gold_scores(str(path), [1000]) == {"gold": {1000: 1300.0}, "human": {1000: 2.0}}
     with pytest.raises(InputError, match="row 1: field 'gold' is '-', expected a number"):
@@ -103,6 +103,9 @@ def test_a_system_is_known_by_its_whole_name(tmp_path):
     (tmp_path / "mixed.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(InputError, match="mixed.json: rows of the generators 'one', 'two', expected one system a file"):
         read_systems([str(tmp_path / "mixed.json")])
+    (tmp_path / "list.json").write_text(json.dumps([{**rows[0], "generator": ["m"]}]), encoding="utf-8")
+    with pytest.raises(InputError, match="list.json: row 1: field 'generator' is list, expected a name"):
+        read_systems([str(tmp_path / "list.json")])
 
 
 def test_win_rates_with_signs_are_ranked(tmp_path):

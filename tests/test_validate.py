@@ -287,6 +287,9 @@ def test_references_and_qtypes_are_missed_only_where_they_are_required(tmp_path)
     assert examine(path).errors == {}
     assert examine(path).qtypes == {"none": 1, "OPENENDED": 1}
     assert examine(path, ["qtype", "output"]).errors == {"missing field": 2}
+    empty = write(tmp_path / "null.json", [{"input": "a", "output": None, "qtype": None}])  # as pandas writes empty cells
+    assert examine(empty).errors == {} and examine(empty).qtypes == {"none": 1}
+    assert examine(empty, ["output"]).errors == {"not text": 1}
     assert examine(write(tmp_path / "x.json", [{"input": "a", "qtype": "x"}]), ["qtype"]).errors == {"unknown value": 1}
 
 

@@ -143,3 +143,12 @@ def test_openrlhf_response_is_what_follows_the_prompt():
     assert module.response_of("<s>Hi there: yes</s></s>\n", "Hi there:") == " yes"
     with pytest.raises(ValueError, match="is not in the query"):
         module.response_of("other", "Hi")
+
+
+def test_openrlhf_prompts_that_were_cut_are_known_by_their_end(monkeypatch):
+    module = load_file(REPOSITORY / "examples" / "openrlhf_reward.py", "openrlhf_reward")
+    prompt = "<user> " + "much before it. " * 40 + "And what is two plus three? <assistant>"
+    assert module.response_of(f"<s>{prompt[200:]} Five</s>", prompt) == " Five"
+    assert module.response_of(f"<s>{prompt.replace('much', 'MUCH')} Five. Or<end>", prompt) == " Five. Or<end>"
+    monkeypatch.setenv("END_TOKEN", "<end>")
+    assert module.response_of(f"<s>{prompt} Five<end>\n", prompt) == " Five"

@@ -1,0 +1,196 @@
+"""What a causal LM has read of several rows: keys and values that grow, of rows that leave and enter. `sampling.sample` draws with it.
+
+batch = Batch(model, prompts)           # batch.logits: of each row's next token
+batch.read(tokens)                      # one more token of each row
+batch.keep(rows), batch.refill(slots, prompts)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from parts.batching import PASS, batches_by_length, pad, shared_start
+from parts.cpu_speed import most_tokens
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+SPARE = 64  # tokens that a cache grows by, where it is full
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; other rows can take its slots."""
+
+    room: tuple[torch.Tensor, torch.Tensor]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self.room[0].shape[2]:
+            self.room = tuple(room.new_empty(*room.shape[:2], end + SPARE, room.shape[3]) for room in self.room)
+            self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
+        keys, values = self.room
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def _show(self, end: int) -> None:
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+
+    def reorder_cache(self, indices: torch.Tensor) -> None:
+        self.room = tuple(room[indices] for room in self.room)
+        self._show(self.keys.shape[2])
+
+    def put(self, slots: torch.Tensor, other: _RoomyLayer) -> None:
+        """The rows of `other` in place of those in `slots`, on the right."""
+        end = self.keys.shape[2]
+        for room, states in zip(self.room, (other.keys, other.values)):
+            room[slots, :, end - states.shape[2] : end] = states
+
+    def join(self, others: Sequence[_RoomyLayer], rows: int, width: int) -> None:
+        """Become the rows of `others` one after another, each on the right; what is before them is 0, which no mask lets count."""
+        states = [(other.keys, other.values) for other in others]
+        self.room = tuple(room.new_zeros(rows, room.shape[1], width + SPARE, room.shape[3]) for room in self.room)
+        self._show(width)
+        end = 0
+        for keys, values in states:
+            start, end = end, end + len(keys)
+            for room, own in zip(self.room, (keys, values)):
+                room[start:end, :, width - own.shape[2] : width] = own
+
+    def trim(self, unused: int) -> None:
+        """Forget the first `unused` tokens."""
+        self.room = tuple(room[:, :, unused:] for room in self.room)
+        self._show(self.keys.shape[2] - unused)
+
+
+def roomy_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache. Layers that keep all keys and values, and nothing else, are roomy ones."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class Batch:
+    """What a model has read of several rows. They end together: tokens are padded on the left.
+
+    Args:
+        prompts: token ids, at least one each.
+    """
+
+    logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self.takes = model, inspect.signature(base_of(model).forward).parameters
+        self.device = next(model.parameters()).device
+        self.cache = roomy_cache(model)
+        self.recurrent = keeps_states(self.cache)
+        different = list(dict.fromkeys(map(tuple, prompts)))  # the same prompt is read once
+        order = self._read_prompts(different)
+        if len(different) < len(prompts) or order != list(range(len(different))):
+            number = {different[place]: slot for slot, place in enumerate(order)}
+            self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
+
+    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Read prompts, and return the order in which they lie then.
+
+        What all of them begin with is read once; on a CPU the rest a few of about one length at a time.
+        """
+        start, groups, parts = self._common_start(prompts), [list(range(len(prompts)))], []
+        own = [prompt[start:] for prompt in prompts]
+        most = most_tokens(math.inf, self.device)
+        if self.can_refill and most < math.inf:
+            groups = batches_by_length(list(map(len, own)), most_tokens=most, longest_first=True)
+        common = torch.ones(1, start, dtype=torch.long, device=self.device)
+        if start:
+            self.mask = common
+            self._read(torch.tensor([prompts[0][:start]], device=self.device), torch.arange(start, device=self.device)[None])
+        begun = self.cache
+        for group in groups:
+            self.cache = begun if len(groups) == 1 else copy.deepcopy(begun)
+            if start:
+                self.cache.reorder_cache(torch.zeros(len(group), dtype=torch.long, device=self.device))
+            ids, mask = pad([own[place] for place in group], prompts[0][0], "left", self.device)
+            self.mask = torch.cat([common.expand(len(group), -1), mask], dim=1)
+            self._read(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:])
+            parts.append((self.mask, self.cache, self.logits, self.positions))
+        if len(groups) > 1:
+            self._join(parts)
+        return [place for group in groups for place in group]
+
+    def _join(self, parts: Sequence[tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]]) -> None:
+        """Masks, caches, logits and positions of several batches as those of one, whose rows end together."""
+        masks, caches, logits, positions = zip(*parts)
+        width, rows = max(mask.shape[1] for mask in masks), sum(map(len, masks))
+        self.mask = torch.cat([nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        self.logits, self.positions, self.cache = torch.cat(logits), torch.cat(positions), caches[-1]
+        for layer, *others in zip(self.cache.layers, *(cache.layers for cache in caches)):
+            layer.join(others, rows, width)
+
+    def _common_start(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens all prompts begin with, where reading them once saves more than another pass costs.
+
+        Padding comes after them then: of models that take no positions some count it, ALiBi's for example.
+        """
+        if not (self.can_refill and "position_ids" in self.takes):
+            return 0
+        start = shared_start([torch.tensor(prompt) for prompt in prompts], min(map(len, prompts)) - 1)
+        return start if start * (len(prompts) - 1) > PASS else 0
+
+    @property
+    def can_refill(self) -> bool:
+        """Whether rows can take the places of others: only where all that is kept of a row is keys and values of all its tokens."""
+        return all(isinstance(layer, _RoomyLayer) for layer in self.cache.layers)
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions, "logits_to_keep": 1}
+        given |= {} if self.recurrent else {"attention_mask": self.mask}
+        output = self.model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in self.takes})
+        self.logits, self.positions = output.logits[:, -1], positions[:, -1:] + 1
+
+    def read(self, tokens: torch.Tensor) -> None:
+        """One more token of each row, [rows]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self._read(tokens[:, None], self.positions)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """These rows alone, in this order; one may come twice."""
+        self.cache.reorder_cache(rows)
+        self.mask, self.positions, self.logits = self.mask[rows], self.positions[rows], self.logits[rows]
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Let the rows in `slots` go on as new ones, so that none grows beyond the positions that the model has."""
+        self.mask[slots, :-1], self.positions[slots] = 0, 0
+
+    def refill(self, slots: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
+        others = Batch(self.model, prompts)
+        width = self.mask.shape[1] - others.mask.shape[1]
+        self.mask[slots, :width], self.mask[slots, width:], self.positions[slots] = 0, others.mask, others.positions
+        unused = int(self.mask.any(dim=0).int().argmax())
+        self.mask = self.mask[:, unused:]
+        for layer, other in zip(self.cache.layers, others.cache.layers):
+            layer.put(slots, other)
+            layer.trim(unused)
+        return others.logits
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether a layer keeps a state that reads on, in which padding would count, and not keys and values alone."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
