@@ -10,19 +10,15 @@ backbone=outputs/demo_backbone
 half=false dtype=float32
 if grep -qs avx512_bf16 /proc/cpuinfo; then half=true dtype=bfloat16; fi  # twice as fast where the CPU has it, slower elsewhere
 
-# Whatever can be split in two is: a process alone keeps half of the cores busier than all of them.
-threads=$(( ($(nproc) + 1) / 2 ))
-draw() { OMP_NUM_THREADS=$threads accelerate launch --config_file configs/ddp-cpu.yaml evaluation.py --device=cpu --base_model_name="$backbone" "$@"; }
-
 # Best-of-n: the proxy tried on the backbone itself. Each design picks one of n responses, and gold judges the pick.
-draw --output_dir="$output" --data_path=data/eval.json --num_samples=8 --temperature=1 \
+python evaluation.py --base_model_name="$backbone" --output_dir="$output" --data_path=data/eval.json --num_samples=8 --temperature=1 \
   --max_new_tokens=96 --batch_size=96 --dtype=$dtype --overwrite=true
 best_of_n=("$output/$(basename "$backbone")/samples-$(basename "$backbone").jsonl" --gold_model=assets/demo_gold_rm --gold_dtype=$dtype
   --relevance_model_name=models/all-MiniLM-L6-v2 --output_max_length=96 --batch_size=32 --output_dir="$output"
   --designs LI "LI * RP" "LI * RP * relevance" "LI * RP * relevance, branching")
 
-# PPO from it, twice: the same prompts, seed and settings, another reward.
-export OMP_NUM_THREADS=$threads
+# PPO from it, twice: the same prompts, seed and settings, another reward. Each run has half of the cores.
+export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
 train() {
   accelerate launch --config_file configs/cpu.yaml run_ppo.py --config configs/demo.yaml --overwrite=true --seed="$seed" --bf16=$half \
     --exp_name="$1" --output_dir="$output/$1" "${@:2}"
@@ -37,7 +33,7 @@ wait "$length" || { tail -n 20 "$output/length.log"; exit 1; }
 unset OMP_NUM_THREADS
 
 # Responses of every checkpoint to prompts that no setting was chosen on, with the same draws for all of them.
-draw --peft_model_name "$output/length_step_*" "$output/full_step_*" \
+python evaluation.py --base_model_name="$backbone" --peft_model_name "$output/length_step_*" "$output/full_step_*" \
   --data_path=data/eval.json --max_new_tokens=96 --batch_size=96 --evaluations alpaca --common_draws=true --dtype=$dtype --overwrite=true
 
 # What each reward did to gold under PPO, beside best-of-n.

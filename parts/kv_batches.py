@@ -88,11 +88,13 @@ class Batch:
 
     Args:
         prompts: token ids, at least one each.
+        together: read what all prompts begin with once, and on a CPU the rest a few of about one length at a time; else all of them whole.
     """
 
     logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], together: bool = True) -> None:
+        self.together = together
         self.model, self.takes = model, inspect.signature(base_of(model).forward).parameters
         self.device = next(model.parameters()).device
         self.cache = roomy_cache(model)
@@ -104,14 +106,11 @@ class Batch:
             self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
 
     def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Read prompts, and return the order in which they lie then.
-
-        What all of them begin with is read once; on a CPU the rest a few of about one length at a time.
-        """
+        """Read prompts, and return the order in which they lie then."""
         start, groups, parts = self._common_start(prompts), [list(range(len(prompts)))], []
         own = [prompt[start:] for prompt in prompts]
         most = most_tokens(math.inf, self.device)
-        if self.can_refill and most < math.inf:
+        if self.together and self.can_refill and most < math.inf:
             groups = batches_by_length(list(map(len, own)), most_tokens=most, longest_first=True)
         common = torch.ones(1, start, dtype=torch.long, device=self.device)
         if start:
@@ -144,7 +143,7 @@ class Batch:
 
         Padding comes after them then: of models that take no positions some count it, ALiBi's for example.
         """
-        if not (self.can_refill and "position_ids" in self.takes):
+        if not (self.together and self.can_refill and "position_ids" in self.takes):
             return 0
         start = shared_start([torch.tensor(prompt) for prompt in prompts], min(map(len, prompts)) - 1)
         return start if start * (len(prompts) - 1) > PASS else 0
@@ -176,7 +175,7 @@ class Batch:
 
     def refill(self, slots: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
-        others = Batch(self.model, prompts)
+        others = Batch(self.model, prompts, self.together)
         width = self.mask.shape[1] - others.mask.shape[1]
         self.mask[slots, :width], self.mask[slots, width:], self.positions[slots] = 0, others.mask, others.positions
         unused = int(self.mask.any(dim=0).int().argmax())

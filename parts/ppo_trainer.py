@@ -112,7 +112,8 @@ class FastPPOTrainer(PPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         policy.eval()
         with ready_to_sample(policy.pretrained_model, batch_size):
-            responses = sample(policy.pretrained_model, prompts, decoding, draws, self.ends, batch_size)
+            # Prompts are read as they were for the kept runs, which come out again: another rounding would make other runs of them.
+            responses = sample(policy.pretrained_model, prompts, decoding, draws, self.ends, batch_size, together=False)
         return [
             torch.tensor(prompt + response if return_prompt else response, device=self.current_device)
             for prompt, response in zip(prompts, responses)

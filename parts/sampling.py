@@ -152,6 +152,7 @@ def sample(
     at_a_time: int = 0,
     rows: Sequence[int] | None = None,
     finished: Callable[[int, list[int]], None] | None = None,
+    together: bool = True,
 ) -> list[list[int]]:
     """One response to each prompt. The longest prompts come first; rows that have ended leave, and others take their places.
 
@@ -166,6 +167,7 @@ def sample(
         at_a_time: most rows in a batch; 0 means all of them.
         rows: the prompts' numbers in messages, from 0.
         finished: called with each prompt's place and response as soon as it is over.
+        together: as `Batch` reads prompts; in half precision the other way rounds otherwise, and so draws others.
 
     Returns:
         Token ids of each response, up to and with the first of `ends`.
@@ -212,7 +214,7 @@ def sample(
 
     while waiting:
         places = enter(at_a_time or len(waiting))
-        batch, at = Batch(model, [prompts[place] for place in places]), first[places]
+        batch, at = Batch(model, [prompts[place] for place in places], together), first[places]
         tokens, places = choose(places, batch.logits, at)
         while any(place >= 0 for place in places):
             ended = [slot for slot, place in enumerate(places) if place < 0]
