@@ -65,21 +65,20 @@ from parts.rows import match_rows
 from parts.runs import Checkpoint, choose_checkpoints, meta_path, provenance, read_kl, without_records
 from parts.samples import Samples
 from parts.scores import (
+    LENGTH,
     Proxies,
     ScoreStore,
     gold_columns,
-    load_template_of,
     proxy_columns,
     proxy_facts,
     read_gold_scores,
     read_leaderboard,
+    template_and_length,
 )
 from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
-
-LENGTH = 512  # of a response in tokens, where no record says the longest
 
 
 @dataclass
@@ -217,10 +216,7 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
     warn_of_changed_code(checkpoints[-1], proxy)
-    made = checkpoints[-1].meta
-    name = settings.chat_template_name or trained.get("chat_template_name") or made.get("template", "alpaca")
-    template = load_template_of(name, trained.get("tokenizer_name") or trained.get("model_name") or made.get("model", ""))
-    length = settings.output_max_length or trained.get("output_max_length", LENGTH)
+    template, length = template_and_length(settings, checkpoints[-1].meta, trained)
     return Run(prefix, checkpoints, trained, proxy, references, template, length)
 
 

@@ -75,7 +75,7 @@ class EvaluationSettings(Settings):
         path=True,
     )
     output_dir: str = setting(
-        "outputs", "where the base model itself has a folder of its name for its rollouts; checkpoints have them in their own", path=True
+        "outputs", "where the base model itself has a folder of its name for its rollouts; checkpoints have them in their own", written=True
     )
     cache_dir: str = setting("", "where hub downloads are kept; empty means the default cache", written=True)
     device: str = setting("", "cuda, cpu, ...; empty means the GPU where there is one")
@@ -432,6 +432,8 @@ def main() -> None:
     if settings.engine == "vllm":
         check_vllm("--engine vllm")
     check_device(settings.device)
+    if settings.device.startswith("mps"):
+        raise InputError(f"--device is {settings.device!r}, where numbers have no double precision for the draws, expected cpu or cuda")
 
     # 2. What there is to do: a file that is there already is either what this call would make, or in its way.
     import torch

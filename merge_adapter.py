@@ -24,7 +24,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, write_json
 from parts.locks import hold
-from parts.models import adapter_base, check_model_name, loading, model_identity, use_cache
+from parts.models import adapter_base, check_model_name, load_causal_lm, loading, model_identity, use_cache
 from parts.runs import RECORD, Checkpoint, find_adapters, provenance
 from parts.weight_samples import require_base
 
@@ -82,19 +82,20 @@ def main() -> None:
 
     # 1. Everything a user can get wrong, before the model loads.
     adapter, base = check(settings)
+    content = model_identity(str(adapter.folder), base)
 
     # 2. The weights.
     import torch
     from peft import PeftConfig
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     kind = PeftConfig.from_pretrained(adapter.folder)
     if kind.task_type != "CAUSAL_LM" or kind.is_prompt_learning:
         raise InputError(f"{adapter.folder}: {kind.peft_type.value} for {kind.task_type}, expected weights to add to a causal LM")
     cache = settings.cache_dir or None
     with loading(base, "a causal language model"):
-        dtype = AutoConfig.from_pretrained(base, cache_dir=cache).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, cache_dir=cache, dtype=dtype)
+        dtype = AutoConfig.from_pretrained(base, cache_dir=cache, trust_remote_code=False).dtype or torch.float32
+    model = load_causal_lm(base, dtype, cache)
     model = put_on(model, adapter.folder, base)
     require_untied(model, str(adapter.folder))
     with loading(str(adapter.folder), f"an adapter of {base}"):
@@ -103,10 +104,10 @@ def main() -> None:
         str(adapter.folder) if (adapter.folder / "tokenizer_config.json").is_file() else adapter.trained.get("tokenizer_name") or base
     )
     with loading(tokenizer_name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, cache_dir=cache)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, cache_dir=cache, trust_remote_code=False)
 
     # 3. The folder.
-    merged = {"adapter": str(adapter.folder), "content": model_identity(str(adapter.folder)), "base": base}
+    merged = {"adapter": str(adapter.folder), "content": content, "base": base}
     template = adapter.trained.get("chat_template_name")
     trained_on = {"dataset_path": adapter.trained.get("dataset_path"), "data": adapter.record.get("data")}
     facts = {"model": base, "dtype": str(dtype).removeprefix("torch."), "template": template}

@@ -30,6 +30,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, write_json
 from parts.locks import hold
-from parts.models import check_whole_model, load_causal_lm, loading, model_identity, use_cache
+from parts.models import check_whole_model, load_causal_lm, loading, model_identity, read_facts, use_cache
 from parts.processes import is_first_process, launch_facts
 from parts.runs import ADAPTER, ADAPTER_WEIGHTS, RECORD, begin_training, provenance, resumable_training
 from parts.sft_data import NOT_LEARNT, ByLength, collate, read_examples, split
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+    from parts.models import ModelFacts
 
 # Settings that do not reach the weights: a begun training resumes with other ones.
 HARMLESS = {"cache_dir", "data_note", "output_dir", "overwrite", "save_steps"}
@@ -362,6 +364,16 @@ def _describe(folder: Path, record: dict, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------- main
 
 
+def check_room(model: ModelFacts, rows: Sequence[Mapping], max_length: int) -> None:
+    """Raises InputError for rows longer than the model has positions for, or with ids beyond its embeddings."""
+    longest, largest = (max(map(count, (row["input_ids"] for row in rows))) for count in (len, max))
+    if model.positions is not None and longest > model.positions:
+        told = f"it has {model.positions} positions, and the longest row has {longest} tokens"
+        raise InputError(f"{model.name}: {told}: --max_length is {max_length}, expected at most {model.positions}")
+    if largest >= model.vocabulary:
+        raise InputError(f"{model.name}: the tokenizer gives id {largest}, expected less than the model's vocabulary of {model.vocabulary}")
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(SFTSettings, description=__doc__)
@@ -386,6 +398,7 @@ def main() -> None:
     if not training or not heldout:
         raise InputError(f"{settings.dataset_path}: no rows left to train on or to hold out, expected more rows or --heldout_path")
 
+    check_room(read_facts(settings.model_name, tokenizer, settings.cache_dir or None), [*training, *heldout], settings.max_length)
     hold(settings.output_dir)
     if is_first_process():
         clear_leftovers(settings.output_dir)

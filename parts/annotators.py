@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from parts.errors import InputError
 from parts.files import JsonLines, digest, file_digest
-from parts.models import check_model_name
+from parts.models import check_model_name, model_identity
 from parts.qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
 from parts.rows import QTYPES, read_rows
 from parts.runs import provenance
@@ -270,7 +270,7 @@ def local_request(model: str, template: str, field: str, prompt: str, max_new_to
     """What a local model's answer depends on."""
     label = field == "qtype"
     return {
-        "model": model,
+        "model": model_identity(model),
         "template": template,
         "prompt": label_prompt(prompt) if label else prompt,
         "max_new_tokens": 0 if label else max_new_tokens,

@@ -27,7 +27,7 @@ from parts.rows import match_rows
 from parts.runs import meta_path, provenance, scores_path
 from parts.samples import Samples, best_rows, require_same_prompts
 from parts.scaling_fits import describe_fit, fit_gains, fitted_line
-from parts.scores import Proxies, ScoreStore, gold_columns, load_template_of, proxy_columns, proxy_facts
+from parts.scores import Proxies, ScoreStore, gold_columns, proxy_columns, proxy_facts, template_and_length
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
@@ -128,9 +128,7 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
         references = match_rows(data_path, samples.instructions, proxy.dataset_fields, path)
     else:
         references = samples.references(proxy.dataset_fields)
-    name = settings.chat_template_name or samples.meta.get("template", "alpaca")
-    template = load_template_of(name, trained.get("tokenizer_name") or samples.meta.get("model", ""))
-    length = settings.output_max_length or trained.get("output_max_length", 512)
+    template, length = template_and_length(settings, samples.meta, trained)
     return Choice(samples, proxy, references, template, length, designs)
 
 

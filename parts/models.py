@@ -61,10 +61,10 @@ def check_tokenizer_name(name_or_path: str) -> None:
         check_model_name(name_or_path)
 
 
-def model_identity(name_or_path: str) -> str:
+def model_identity(name_or_path: str, base: str = "") -> str:
     """What a model is known by in caches: a hub's name, or a digest of a folder's weights, configuration and tokenizer, however it is spelled.
 
-    An adapter's base counts too.
+    An adapter's base counts too: `base`, or the one that it names.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -75,7 +75,7 @@ def model_identity(name_or_path: str) -> str:
         content = file_digest(path) if size <= MOST_DIGESTED else (size, path.stat().st_mtime_ns)
         known.append(f"{path.relative_to(folder)} {content}")
     if (folder / "adapter_config.json").is_file():
-        known.append(model_identity(adapter_base(folder)))
+        known.append(model_identity(base or adapter_base(folder)))
     return digest(known)
 
 

@@ -232,7 +232,7 @@ def require_comparable(checkpoints: Sequence[Checkpoint]) -> None:
         for number, (row, other) in enumerate(zip(point.rows, first.rows), start=1):
             if row["instruction"] != other["instruction"]:
                 raise InputError(f"{point.rollouts}: row {number}: another instruction than at step {first.step}")
-        for name in ("decoding", "template", "engine", "dtype"):
+        for name in ("decoding", "template", "engine", "dtype", "common_draws"):
             own, other = point.meta.get(name), first.meta.get(name)
             if own != other:
                 raise InputError(f"{point.rollouts}: {name} is {own}, expected {other} as at step {first.step}")

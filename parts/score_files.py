@@ -17,7 +17,7 @@ from parts.models import check_device, use_cache
 from parts.rewards import column_mean, reward_batch
 from parts.rows import match_rows, read_rows
 from parts.runs import Checkpoint, meta_path, provenance, without_records
-from parts.scores import Proxies, load_template_of
+from parts.scores import Proxies, template_and_length
 
 if TYPE_CHECKING:
     from typing import Any
@@ -96,10 +96,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
 def how_made(settings: ScoreFileSettings, path: str) -> tuple[ChatTemplate, int]:
     """The template whose stop strings end a file's responses, and their longest length: the settings', else those of the records beside it."""
     meta = read_json(meta_path(path)) if meta_path(path).is_file() else {}
-    trained = Checkpoint(Path(path).parent).trained if meta else {}
-    name = settings.chat_template_name or meta.get("template", "alpaca")
-    template = load_template_of(name, trained.get("tokenizer_name") or meta.get("model", ""))
-    return template, settings.output_max_length or trained.get("output_max_length", 512)
+    return template_and_length(settings, meta, Checkpoint(Path(path).parent).trained)
 
 
 def rows_of(batch: Mapping[str, list], table: Mapping[str, list]):

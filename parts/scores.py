@@ -23,6 +23,7 @@ from parts.rows import read_rows, say_once
 from parts.runs import provenance
 
 ROWS_PER_SAVE = 128  # rows of a proxy's batch
+LENGTH = 512  # of a response in tokens, where no record says the longest
 
 
 class ScoreStore:
@@ -190,6 +191,21 @@ def gold_columns(
 def load_template_of(name: str, tokenizer_name: str) -> ChatTemplate:
     """As `chat_templates.load_template`, with the tokenizer by its name, which is loaded where the template is its own."""
     return load_template(name, load_tokenizer(tokenizer_name) if name == TOKENIZER_OWN and tokenizer_name else None)
+
+
+def template_and_length(settings, meta: Mapping, trained: Mapping) -> tuple[ChatTemplate, int]:
+    """The template whose stop strings end responses, and their longest length in tokens, as the reward takes them.
+
+    The settings' come first, then those of the responses' own record, of the policy's training, and alpaca's with 512 tokens.
+
+    Args:
+        settings: with `chat_template_name` and `output_max_length`, empty where they are not given.
+        meta: of the file of responses.
+        trained: the settings of the policy's training.
+    """
+    name = settings.chat_template_name or meta.get("template") or trained.get("chat_template_name") or "alpaca"
+    template = load_template_of(name, trained.get("tokenizer_name") or meta.get("model") or trained.get("model_name", ""))
+    return template, settings.output_max_length or trained.get("output_max_length", LENGTH)
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:

@@ -43,13 +43,24 @@ def test_stop_strings_are_literal_text(name):
         assert template.strip_response(f"{plain}{stop}and on") == plain
 
 
-def test_alpaca_stop_strings():
-    strip = load_template("alpaca").strip_response
+def test_further_turns_as_the_models_were_trained():
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go."}]
+    rendered = {name: load_template(name).render_chat(turns, add_generation_prompt=True) for name in ("llama-2", "vicuna_v1.1")}
+    assert rendered["llama-2"] == "[INST] Hi. [/INST] Yes? </s><s>[INST] Go. [/INST]"
+    assert rendered["vicuna_v1.1"].endswith(" USER: Hi. ASSISTANT: Yes?</s>USER: Go. ASSISTANT:")
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_stop_strings_of_every_template(name):
+    strip = load_template(name).strip_response
     assert strip("a\n\n\n\nb") == "a"
     assert strip("a\n\n\nb") == "a\n\n\nb"
     assert strip("a\n\n--b") == "a"
     assert strip("a\n\n____") == "a"
-    assert strip("### Response: b") == ""
+
+
+def test_alpaca_stop_strings():
+    assert load_template("alpaca").strip_response("### Response: b") == ""
 
 
 def test_the_tokenizers_own_template(tiny_model):

@@ -82,6 +82,9 @@ def test_rollouts_drawn_otherwise_are_refused(tmp_path):
         InputError, match="run_step_1500.json: decoding is {'temperature': 1.0}, expected {'temperature': 0.7} as at step 500"
     ):
         choose_checkpoints(settings, "run")
+    meta.write_text(json.dumps({"decoding": {"temperature": 0.7}, "common_draws": True}), encoding="utf-8")
+    with pytest.raises(InputError, match="run_step_1500.json: common_draws is True, expected None as at step 500"):
+        choose_checkpoints(settings, "run")
 
 
 def test_the_proxy_is_the_runs_own_unless_a_flag_says_otherwise(tmp_path):

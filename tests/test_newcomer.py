@@ -17,6 +17,7 @@ from conftest import REPOSITORY, run_script
 
 from eval_monotonicity import MonotonicitySettings, choose_checkpoints
 from parts.errors import InputError
+from parts.files import file_digest
 from parts.rank_statistics import correlations
 from parts.report import describe
 from parts.runs import without_records
@@ -168,6 +169,14 @@ def test_a_merged_model_is_the_adapter_on_its_base(tiny_model, tmp_path):
     ).save_pretrained(tmp_path / "tied")
     tied = run_script("merge_adapter.py", tmp_path / "tied", f"--output_dir={tmp_path}/x")
     assert tied.returncode == 2 and "lm_head, whose weight another module shares, expected one that can be merged alone" in tied.stderr
+    # The base that the adapter names is elsewhere now; a headless model of its layers is none.
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "run_step_2", moved)
+    config = json.loads((moved / "adapter_config.json").read_text(encoding="utf-8"))
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/old/llama"}), encoding="utf-8")
+    done = run_script("merge_adapter.py", moved, f"--base_model_name={tiny_model}", f"--output_dir={tmp_path}/merged_moved")
+    assert done.returncode == 0, done.stderr
+    assert file_digest(tmp_path / "merged_moved" / "model.safetensors") == file_digest(tmp_path / "merged" / "model.safetensors")
     again = run_script("merge_adapter.py", tmp_path / "run_step_2", f"--output_dir={tmp_path}/merged")
     assert again.returncode == 2 and "merged: exists already (--overwrite=true replaces it)" in again.stderr
     for words, told in (

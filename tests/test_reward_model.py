@@ -572,6 +572,7 @@ def test_a_file_is_scored_as_its_record_says(tmp_path, tiny_model):
     done = run_script(*words, f"--output={folder}/rollouts.json")
     assert done.returncode == 2 and "rollouts.json, which is read, expected another file" in done.stderr
     (folder / "rollouts.meta.json").unlink()
+    assert how_made(ScoreFileSettings(), str(folder / "rollouts.json"))[1] == 96  # of the run, where the file has no record
     done = run_script(*words, "--chat_template_name=tokenizer")
     assert done.returncode == 2 and "names the model, expected a template by name" in done.stderr
 

@@ -20,9 +20,9 @@ from test_processes import launcher
 from parts.chat_templates import load_template
 from parts.errors import InputError
 from parts.files import read_json
-from parts.models import load_tokenizer
+from parts.models import ModelFacts, load_tokenizer
 from parts.sft_data import NOT_LEARNT, ByLength, collate, first_sentences, read_examples
-from train_sft import SFTSettings
+from train_sft import SFTSettings, check_room
 
 
 def words(model, rows, output, **settings) -> list[str]:
@@ -325,3 +325,14 @@ def test_bad_input_is_one_line(tiny_model, rows_file, tmp_path):
     refused("is the model to train, expected another folder", model=tiny_model, output_dir=tiny_model)
     refused("--lora_r is -1, expected 0 or more", lora_r=-1)
     refused("--merge is false and --lora_r is 0, expected LoRA to keep alone", lora_r=0, merge="false")
+
+
+def test_rows_that_the_model_has_no_room_for():
+    model = ModelFacts("m", 6, 400, None)
+    check_room(model, [{"input_ids": [1, 399]}, {"input_ids": [5] * 6}], 512)
+    with pytest.raises(
+        InputError, match="m: it has 6 positions, and the longest row has 7 tokens: --max_length is 512, expected at most 6"
+    ):
+        check_room(model, [{"input_ids": [5] * 7}], 512)
+    with pytest.raises(InputError, match="m: the tokenizer gives id 400, expected less than the model's vocabulary of 400"):
+        check_room(model, [{"input_ids": [5, 400]}], 512)
