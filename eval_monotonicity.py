@@ -216,7 +216,7 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
     warn_of_changed_code(checkpoints[-1], proxy)
-    template, length = template_and_length(settings, checkpoints[-1].meta, trained)
+    template, length = template_and_length(settings.chat_template_name, settings.output_max_length, checkpoints[-1].meta, trained)
     return Run(prefix, checkpoints, trained, proxy, references, template, length)
 
 

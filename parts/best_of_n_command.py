@@ -128,7 +128,7 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
         references = match_rows(data_path, samples.instructions, proxy.dataset_fields, path)
     else:
         references = samples.references(proxy.dataset_fields)
-    template, length = template_and_length(settings, samples.meta, trained)
+    template, length = template_and_length(settings.chat_template_name, settings.output_max_length, samples.meta, trained)
     return Choice(samples, proxy, references, template, length, designs)
 
 

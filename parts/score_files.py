@@ -96,7 +96,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
 def how_made(settings: ScoreFileSettings, path: str) -> tuple[ChatTemplate, int]:
     """The template whose stop strings end a file's responses, and their longest length: the settings', else those of the records beside it."""
     meta = read_json(meta_path(path)) if meta_path(path).is_file() else {}
-    return template_and_length(settings, meta, Checkpoint(Path(path).parent).trained)
+    return template_and_length(settings.chat_template_name, settings.output_max_length, meta, Checkpoint(Path(path).parent).trained)
 
 
 def rows_of(batch: Mapping[str, list], table: Mapping[str, list]):

@@ -193,19 +193,19 @@ def load_template_of(name: str, tokenizer_name: str) -> ChatTemplate:
     return load_template(name, load_tokenizer(tokenizer_name) if name == TOKENIZER_OWN and tokenizer_name else None)
 
 
-def template_and_length(settings, meta: Mapping, trained: Mapping) -> tuple[ChatTemplate, int]:
+def template_and_length(name: str, length: int, meta: Mapping, trained: Mapping) -> tuple[ChatTemplate, int]:
     """The template whose stop strings end responses, and their longest length in tokens, as the reward takes them.
 
-    The settings' come first, then those of the responses' own record, of the policy's training, and alpaca's with 512 tokens.
+    What is given comes first, then what the responses' own record says, the policy's training, and alpaca with 512 tokens.
 
     Args:
-        settings: with `chat_template_name` and `output_max_length`, empty where they are not given.
+        name, length: of the template, and in tokens; empty and 0 where they are not given.
         meta: of the file of responses.
         trained: the settings of the policy's training.
     """
-    name = settings.chat_template_name or meta.get("template") or trained.get("chat_template_name") or "alpaca"
+    name = name or meta.get("template") or trained.get("chat_template_name") or "alpaca"
     template = load_template_of(name, trained.get("tokenizer_name") or meta.get("model") or trained.get("model_name", ""))
-    return template, settings.output_max_length or trained.get("output_max_length", LENGTH)
+    return template, length or trained.get("output_max_length", LENGTH)
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:
