@@ -80,7 +80,7 @@ class GoldTrainingSettings(Settings):
     bf16: bool = setting(True, "bf16 autocast")
     save_steps: int = setting(50, "optimiser steps between checkpoints to resume from", least=1)
     seed: int = setting(42, "seed of pair selection and training", least=0, most=2**32 - 1, expected="0 to 2**32 - 1")
-    overwrite: bool = setting(False, "replace an adapter, or begin anew where an unfinished training, made with other settings")
+    overwrite: bool = setting(False, "replace an adapter, or an unfinished training, that was made with other settings")
     evaluate_only: bool = setting(False, "measure the adapter in output_dir on the held-out pairs and print, nothing else")
 
     def __post_init__(self) -> None:

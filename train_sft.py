@@ -366,12 +366,12 @@ def _describe(folder: Path, record: dict, text: str) -> None:
 
 def check_room(model: ModelFacts, rows: Sequence[Mapping], max_length: int) -> None:
     """Raises InputError for rows longer than the model has positions for, or with ids beyond its embeddings."""
-    longest, largest = (max(map(count, (row["input_ids"] for row in rows))) for count in (len, max))
+    ids = [row["input_ids"] for row in rows]
+    longest = max(map(len, ids))
     if model.positions is not None and longest > model.positions:
         told = f"it has {model.positions} positions, and the longest row has {longest} tokens"
         raise InputError(f"{model.name}: {told}: --max_length is {max_length}, expected at most {model.positions}")
-    if largest >= model.vocabulary:
-        raise InputError(f"{model.name}: the tokenizer gives id {largest}, expected less than the model's vocabulary of {model.vocabulary}")
+    model.require_ids(ids)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import file_digest, write_json
 from parts.locks import hold
-from parts.models import check_device, check_whole_model, use_cache
+from parts.models import check_device, check_whole_model, model_identity, use_cache
 from parts.rows import QTYPES
 from parts.runs import provenance
 
@@ -173,7 +173,9 @@ def main() -> None:
             address = record["address"] = api_address(settings.base_url)
             request = partial(api_request, settings.model, address, max_new_tokens=settings.max_new_tokens)
         else:
-            request = partial(local_request, settings.model, settings.chat_template_name, max_new_tokens=settings.max_new_tokens)
+            request = partial(
+                local_request, model_identity(settings.model), settings.chat_template_name, max_new_tokens=settings.max_new_tokens
+            )
         questions = questions_of(prompts, places, request)
         new = [question for question in questions if question.key not in answers.known]
         if len(new) < len(questions):

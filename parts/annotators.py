@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from parts.errors import InputError
 from parts.files import JsonLines, digest, file_digest
-from parts.models import check_model_name, model_identity
+from parts.models import check_model_name
 from parts.qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
 from parts.rows import QTYPES, read_rows
 from parts.runs import provenance
@@ -150,7 +150,7 @@ def is_web_address(address: str) -> bool:
     """Whether it is http or https, with a host and a port that is a number where it has one."""
     try:
         parts = urlsplit(address)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 
@@ -267,10 +267,10 @@ def label_in(reply: str) -> str:
 
 
 def local_request(model: str, template: str, field: str, prompt: str, max_new_tokens: int) -> dict:
-    """What a local model's answer depends on."""
+    """What a local model's answer depends on; `model` says which weights, as `model_identity` knows them."""
     label = field == "qtype"
     return {
-        "model": model_identity(model),
+        "model": model,
         "template": template,
         "prompt": label_prompt(prompt) if label else prompt,
         "max_new_tokens": 0 if label else max_new_tokens,

@@ -7,10 +7,9 @@ is over, and `role_headings`, the literal texts that announce a turn. Add a mode
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from parts.errors import InputError
 from parts.files import REPOSITORY, digest, file_digest, read_text
+from parts.rows import say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,13 +101,8 @@ def own_source(source: str) -> str:
     """A tokenizer's template; where it prints today's date, the same date on every day."""
     if "strftime_now" not in source:
         return source
-    _say_once(f"chat template 'tokenizer': it prints today's date, which is {_DAY} on every day here")
+    say_once(f"chat template 'tokenizer': it prints today's date, which is {_DAY} on every day here")
     return f"{{%- macro strftime_now(format) %}}{_DAY}{{% endmacro %}}{source}"
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def template_names() -> list[str]:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,13 +189,17 @@ class ModelFacts:
     vocabulary: int
     generation: GenerationConfig
 
-    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
-        """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""
-        largest = max(max(prompt) for prompt in prompts)
+    def require_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raise InputError for token ids beyond the embeddings."""
+        largest = max(map(max, rows))
         if largest >= self.vocabulary:
             raise InputError(
                 f"{self.name}: the tokenizer gives id {largest}, expected less than the model's vocabulary of {self.vocabulary}"
             )
+
+    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
+        """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""
+        self.require_ids(prompts)
         longest = max(map(len, prompts))
         if self.positions is not None and longest + new_tokens > self.positions:
             raise InputError(

@@ -36,11 +36,14 @@ def make_trainer(settings, tokenizer: PreTrainedTokenizerBase) -> FastPPOTrainer
     check_launch(accelerator)
     policy = load_policy(settings, accelerator)
     optimization = optimizer_setup(settings, policy, accelerator.num_processes)
+    tracker_errors = ()
+    if settings.log_with == "wandb":
+        import wandb
+
+        tracker_errors = wandb.errors.Error
     try:
         return FastPPOTrainer(ppo_config(settings), policy, ref_model=None, tokenizer=tokenizer, **optimization)
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "wandb":  # which its own errors alone are
-            raise
+    except tracker_errors as error:
         raise InputError(f"--log_with wandb: {str(error).splitlines()[0]}") from None
 
 
