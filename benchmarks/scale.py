@@ -4,7 +4,8 @@
     python benchmarks/scale.py --model llama-2-70b --gpus 16 --zero_stages 2 3
 
 Memory and operations are those of `parts/counting.py`. Time is operations over a share of the GPU's rate; a pass that samples one token a
-row takes the longest of reading the weights and the cache, of its arithmetic, and of launching its kernels. What is assumed is a setting.
+row takes the longest of reading the weights and the cache and of its arithmetic, and besides what its many small kernels take, as a CUDA
+graph or launched one by one. What is assumed is a setting.
 Mini batches are counted without padding.
 """
 
@@ -21,12 +22,14 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.models import check_model_name, loading
 
-CONFIGS = {  # as published: LLaMA (Touvron et al. 2023a, 2023b), Yi-34B, whose trunk Starling's reward model has
+CONFIGS = {  # as published: LLaMA (Touvron et al. 2023a, 2023b), Yi-34B, whose trunk Starling's reward model has, SmolLM2
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
     "llama-2-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
                     "num_key_value_heads": 8, "vocab_size": 32000},
     "starling-rm-34b": {"hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60, "num_attention_heads": 56,
                         "num_key_value_heads": 8, "vocab_size": 64000},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
 }  # fmt: skip
 ZERO_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size where the launch file does not say
 ZERO3_LIVE = 1_000_000_000  # numbers: its stage3_max_live_parameters
@@ -58,6 +61,8 @@ class ScaleSettings(Settings):
     training_utilisation: float = setting(0.4, "share of the rate that passes over whole sequences reach", above=0, most=1)
     decoding_utilisation: float = setting(0.6, "share of the bandwidth that passes over one token a row reach", above=0, most=1)
     launch_microseconds: float = setting(10.0, "the host's time for a kernel, from Python to its launch", least=0)
+    kernel_microseconds: float = setting(2.5, "of a small kernel in a CUDA graph", least=0)
+    cuda_graphs: bool = setting(True, "tokens are sampled by CUDA graphs, as all models are that can be (docs/rollouts.md)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,8 +164,10 @@ class Counted:
         sampled = {  # one token a row
             "memory": (2 * self.base + self.cache_of_token * rows * (prompt + response / 2)) / read_rate,
             "arithmetic": (operations.forward(rows, prompt + response / 2) + rows * 2 * operations.head) / rate,
-            "launches": self.sampling_kernels * launch,
         }
+        small = self.sampling_kernels * settings.kernel_microseconds * 1e-6
+        sampled = {name: time + small for name, time in sampled.items()}
+        sampled |= {} if settings.cuda_graphs else {"launches": self.sampling_kernels * launch}
         before, epochs = operations.step(rows, prompt, response, settings.ppo_epochs)
         scored = 2 * math.ceil(rows / self.rows_per_pass)
         trained = settings.ppo_epochs * math.ceil(rows / settings.mini_batch_size)

@@ -20,6 +20,7 @@ floor 2, words, names, numbers
     rank_statistics   SpearmanR and what surrounds it
     scaling_fits      gold against the square root of KL, as Gao et al. fit it
     ppo_metrics       the numbers that PPO logs
+    cuda_graphs       a pass over one token as a CUDA graph
 floor 3, on models and runs
     packing           rows as one sequence, without padding
     kv_batches        what a model has read of several rows: keys and values, rows that leave and enter

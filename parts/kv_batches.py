@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from parts.batching import PASS, batches_by_length, pad, shared_start
 from parts.cpu_speed import most_tokens
+from parts.cuda_graphs import FixedPass, can_be_graphed, leave_out
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -31,8 +32,13 @@ class _RoomyLayer(DynamicLayer):
     """Keys and values with room for tokens to come, where transformers' own layer copies itself for each; other rows can take its slots."""
 
     room: tuple[torch.Tensor, torch.Tensor]
+    column: torch.Tensor | None = None  # of the room where the next token goes, while shapes are fixed
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.column is not None:
+            for room, states in zip(self.room, (key_states, value_states)):
+                room.index_copy_(2, self.column, states)
+            return self.room
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -46,6 +52,24 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        if self.column is not None:
+            raise RuntimeError("it asks how many tokens were read, which a graph would not ask again")
+        return super().get_seq_length()
+
+    def fix(self, unused: int, end: int, column: torch.Tensor) -> None:
+        """Keep room for `end` tokens without the first `unused`; a token goes to `column`, and all of the room is shown."""
+        shown = [states[:, :, unused:] for states in (self.keys, self.values)]
+        # What no token was written to is masked, and must be a number.
+        self.room = tuple(nn.functional.pad(states, (0, 0, 0, end - states.shape[2])) for states in shown)
+        self._show(end)
+        self.column = column
+
+    def loosen(self, width: int) -> None:
+        """Show the `width` tokens that were read, and grow again."""
+        self.column = None
+        self._show(width)
+
     def _show(self, end: int) -> None:
         self.keys, self.values = (room[:, :, :end] for room in self.room)
 
@@ -53,9 +77,8 @@ class _RoomyLayer(DynamicLayer):
         self.room = tuple(room[indices] for room in self.room)
         self._show(self.keys.shape[2])
 
-    def put(self, slots: torch.Tensor, other: _RoomyLayer) -> None:
-        """The rows of `other` in place of those in `slots`, on the right."""
-        end = self.keys.shape[2]
+    def put(self, slots: torch.Tensor, other: _RoomyLayer, end: int) -> None:
+        """The rows of `other` in place of those in `slots`, up to the column `end`."""
         for room, states in zip(self.room, (other.keys, other.values)):
             room[slots, :, end - states.shape[2] : end] = states
 
@@ -92,6 +115,7 @@ class Batch:
     """
 
     logits: torch.Tensor  # [rows, vocabulary] of the rows' next tokens
+    _fixed: FixedPass | None = None
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], together: bool = True) -> None:
         self.together = together
@@ -104,6 +128,7 @@ class Batch:
         if len(different) < len(prompts) or order != list(range(len(different))):
             number = {different[place]: slot for slot, place in enumerate(order)}
             self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
+        self._can_be_fixed = self.can_refill and "position_ids" in self.takes and can_be_graphed(base_of(model), self.device)
 
     def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Read prompts, and return the order in which they lie then."""
@@ -153,36 +178,82 @@ class Batch:
         """Whether rows can take the places of others: only where all that is kept of a row is keys and values of all its tokens."""
         return all(isinstance(layer, _RoomyLayer) for layer in self.cache.layers)
 
-    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    @property
+    def width(self) -> int:
+        """How many tokens the longest row has, padding included."""
+        return self.mask.shape[1] if self._fixed is None else self._fixed.width
+
+    @property
+    def worth_leaving(self) -> float:
+        """What share of the rows must have ended for the others to move together: each time a graph is captured again."""
+        return 1 / 8 if self._fixed is None else 1 / 2
+
+    def _pass(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions, "logits_to_keep": 1}
-        given |= {} if self.recurrent else {"attention_mask": self.mask}
+        given |= {} if self.recurrent else {"attention_mask": mask}
         output = self.model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in self.takes})
-        self.logits, self.positions = output.logits[:, -1], positions[:, -1:] + 1
+        return output.logits[:, -1]
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        self.logits, self.positions = self._pass(ids, positions, self.mask), positions[:, -1:] + 1
 
     def read(self, tokens: torch.Tensor) -> None:
-        """One more token of each row, [rows]."""
+        """One more token of each row, [rows]. The logits of the last call may be overwritten."""
+        if self._can_be_fixed:
+            try:
+                self._read_fixed(tokens)
+                return
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._loosen()
+                self._can_be_fixed = False
+                leave_out(base_of(self.model), error)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self._read(tokens[:, None], self.positions)
 
+    def _read_fixed(self, tokens: torch.Tensor) -> None:
+        if self._fixed is not None and self._fixed.is_full:
+            self._loosen()
+        if self._fixed is None:
+            self._fixed = FixedPass(self._pass, self.cache, self.mask, self.positions)
+            self.mask, self.positions = self._fixed.mask, self._fixed.positions
+        self.logits = self._fixed(tokens)
+
+    def _loosen(self) -> None:
+        """Mask, keys and values of what was read alone, which can grow and move."""
+        if self._fixed is not None:
+            self.mask = self.mask[:, : self.width].long()
+            for layer in self.cache.layers:
+                layer.loosen(self.width)
+            self._fixed = None
+
     def keep(self, rows: torch.Tensor) -> None:
         """These rows alone, in this order; one may come twice."""
+        self._loosen()
         self.cache.reorder_cache(rows)
         self.mask, self.positions, self.logits = self.mask[rows], self.positions[rows], self.logits[rows]
 
     def forget(self, slots: torch.Tensor) -> None:
         """Let the rows in `slots` go on as new ones, so that none grows beyond the positions that the model has."""
-        self.mask[slots, :-1], self.positions[slots] = 0, 0
+        self.mask[slots, : self.width - 1], self.positions[slots] = 0, 0
 
     def refill(self, slots: torch.Tensor, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
         others = Batch(self.model, prompts, self.together)
-        width = self.mask.shape[1] - others.mask.shape[1]
-        self.mask[slots, :width], self.mask[slots, width:], self.positions[slots] = 0, others.mask, others.positions
-        unused = int(self.mask.any(dim=0).int().argmax())
-        self.mask = self.mask[:, unused:]
+        width = self.width - others.width
+        self.mask[slots, :width], self.mask[slots, width : self.width], self.positions[slots] = (
+            0,
+            others.mask.to(self.mask),
+            others.positions,
+        )
         for layer, other in zip(self.cache.layers, others.cache.layers):
-            layer.put(slots, other)
-            layer.trim(unused)
+            layer.put(slots, other, self.width)
+        if self._fixed is None:
+            unused = int(self.mask.any(dim=0).int().argmax())
+            self.mask = self.mask[:, unused:]
+            for layer in self.cache.layers:
+                layer.trim(unused)
         return others.logits
 
 

@@ -218,24 +218,24 @@ def sample(
         tokens, places = choose(places, batch.logits, at)
         while any(place >= 0 for place in places):
             ended = [slot for slot, place in enumerate(places) if place < 0]
-            if len(ended) * 8 >= len(places):  # a few at a time: reading a prompt, or moving the others, costs as much for one row
-                if waiting and batch.can_refill:
-                    entering = enter(len(ended))
-                    slots, others = torch.tensor(ended[: len(entering)], device=device), first[entering]
-                    tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
-                    at[slots] = others
-                    for slot, place in zip(ended, entered):
-                        places[slot] = place
-                    continue
+            if waiting and batch.can_refill and len(ended) * 8 >= len(places):  # a few at a time: one prompt costs as much to read
+                entering = enter(len(ended))
+                slots, others = torch.tensor(ended[: len(entering)], device=device), first[entering]
+                tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
+                at[slots] = others
+                for slot, place in zip(ended, entered):
+                    places[slot] = place
+            elif len(ended) >= len(places) * batch.worth_leaving:
                 stay = torch.tensor([slot for slot, place in enumerate(places) if place >= 0], device=device)
                 batch.keep(stay)
                 tokens, at, places = tokens[stay], at[stay], [place for place in places if place >= 0]
-            elif ended:
-                slots = torch.tensor(ended, device=device)
-                batch.forget(slots)
-                at[slots] = 0
-            batch.read(tokens)
-            tokens, places = choose(places, batch.logits, at)
+            else:
+                if ended:
+                    slots = torch.tensor(ended, device=device)
+                    batch.forget(slots)
+                    at[slots] = 0
+                batch.read(tokens)
+                tokens, places = choose(places, batch.logits, at)
     return responses
 
 
@@ -246,9 +246,9 @@ def check_sampling(model: PreTrainedModel) -> None:
     Raises:
         InputError: the distributions of the next token differ by more than rounding, or the model cannot be sampled this way.
     """
-    first = torch.randint(model.get_input_embeddings().weight.shape[0], (44,), generator=torch.Generator().manual_seed(0)).tolist()
-    start, first = first[24:], first[:24]  # of all prompts, which is read once where it can be
-    own, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:21], first[21:22] * 3, first[22:24] * 2, first[18:21]]
+    first = torch.randint(model.get_input_embeddings().weight.shape[0], (46,), generator=torch.Generator().manual_seed(0)).tolist()
+    start, first = first[26:], first[:26]  # of all prompts, which is read once where it can be
+    own, forced = [first[:6], first[6:9], first[9:12], first[12:18]], [first[18:23], first[23:24] * 5, first[24:26] * 3, first[18:23]]
     seen: list[torch.Tensor] = []
 
     class Forced(Decoding):
@@ -256,9 +256,9 @@ def check_sampling(model: PreTrainedModel) -> None:
 
         def choose(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
             seen.extend(zip(draws.tolist(), logits.float().softmax(dim=-1)))
-            return tokens[draws.long()].to(logits.device)
+            return tokens[draws.long().cpu()].to(logits.device)
 
-    steps, prompts = 3, [start + rest for rest in own]
+    steps, prompts = 5, [start + rest for rest in own]
     tokens = torch.tensor([row[:steps] for row in forced]).flatten()
     places = torch.arange(len(tokens)).reshape(len(prompts), steps)
     name = model.config.name_or_path or type(base_of(model)).__name__

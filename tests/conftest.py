@@ -87,6 +87,15 @@ def tiny_gold(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def fixed_passes(monkeypatch):
+    """Tokens are read on a CPU as on a GPU, in passes of fixed shapes, each of them kernel by kernel."""
+    from parts import cuda_graphs
+
+    for name, value in {"DEVICES": ("cpu",), "ROOM": 4, "ALIGNED": 4, "capture": lambda step: step}.items():
+        monkeypatch.setattr(cuda_graphs, name, value)
+
+
+@pytest.fixture
 def rows_file(tmp_path) -> Path:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS), encoding="utf-8")

@@ -96,6 +96,22 @@ def built():
     return functools.cache(lambda family: build(family, **FAMILIES[family]))
 
 
+GRAPHED = set(FAMILIES) - {  # the others' attention, or what they keep, is more than a mask and all keys and values
+    "bloom", "cohere2", "exaone4", "falcon", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mistral", "mpt", "opt", "bamba", "falcon_h1", "jamba",
+    "lfm2", "mamba", "mamba2", "qwen3_next", "zamba", "zamba2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_of_fixed_shapes_sample_the_same(built, family, fixed_passes):
+    """As a GPU repeats them; models that cannot be read this way are read as on a CPU."""
+    seen = []
+    handle = built(family).register_forward_pre_hook(lambda *given: seen.append(given[2].get("attention_mask")), with_kwargs=True)
+    test_greedy_samples_are_those_of_generate_alone(built, family)
+    handle.remove()
+    assert any(mask is not None and mask.ndim == 4 and mask.shape[2] == 1 for mask in seen) == (family in GRAPHED)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_samples_are_those_of_generate_alone(built, family):
     """With padding, a cache, and rows that leave the batch, token by token."""

@@ -7,11 +7,13 @@ import torch
 from conftest import ROWS, run_script
 from safetensors.torch import load_file
 from test_best_of_n import evaluation_words
+from test_families import FAMILIES, VOCABULARY, build
 from test_pipeline import metrics, ppo_words
 from test_processes import launcher
 
+from parts import cuda_graphs
 from parts.rows import read_rows
-from parts.sampling import Decoding
+from parts.sampling import Decoding, check_sampling, row_draws, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -71,3 +73,59 @@ def test_rollouts_and_gold_scores_are_those_of_the_cpu(tiny_model, tiny_gold, ev
         scores[device] = gold.get_reward({"query": [row["input"] for row in ROWS], "response": outputs["cpu"]})
     assert len(outputs["cpu"]) == len(ROWS) and outputs["cpu"] == outputs["cuda"]
     assert scores["cuda"] == pytest.approx(scores["cpu"], abs=1e-4)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The graphs that are captured, and what is said."""
+    found, lines, own = [], [], cuda_graphs.capture
+
+    def capture(step):
+        graph = own(step)
+        found.append(graph)
+        return graph
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "say_once", lines.append)
+    return found, lines
+
+
+def drawn(model, monkeypatch, graphs: bool) -> list[list[int]]:
+    """40 responses, 7 at a time, some of which end early."""
+    draw = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(4, VOCABULARY, (length,), generator=draw).tolist() for length in [*range(2, 22)] * 2]
+    with monkeypatch.context() as patch:
+        if not graphs:
+            patch.setattr(cuda_graphs, "DEVICES", ())
+        return sample(model, prompts, Decoding(150), row_draws(5, range(40), 150), set(range(4)), at_a_time=7)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2", "phi", "qwen2", "qwen3", "smollm3", "starcoder2"])
+def test_graphs_draw_what_the_kernels_one_by_one_draw(family, captured, monkeypatch):
+    """In fp32, with rows that leave and enter, and more tokens than a first room has."""
+    graphs, lines = captured
+    model = build(family, **FAMILIES[family]).cuda()
+    check_sampling(model)
+    plain, checked = drawn(model, monkeypatch, graphs=False), len(graphs)
+    assert checked >= 1 and len(set(map(len, plain))) > 3
+    assert drawn(model, monkeypatch, graphs=True) == plain
+    assert len(graphs) > checked + 1 and not lines
+
+
+@pytest.mark.parametrize("family", ["falcon", "granitemoe", "mistral", "mixtral", "olmoe", "opt", "qwen2_moe", "qwen3_moe"])
+def test_what_cannot_be_captured_is_drawn_too(family, captured, monkeypatch):
+    model = build(family, **FAMILIES[family]).cuda()
+    check_sampling(model)
+    assert drawn(model, monkeypatch, graphs=True) == drawn(model, monkeypatch, graphs=False)
+    print(family, len(captured[0]), captured[1])
+
+
+def test_a_model_that_waits_for_the_gpu_goes_on_without_graphs(captured, monkeypatch):
+    """The failed capture leaves nothing behind: another model is captured after it."""
+    graphs, lines = captured
+    waiting, other = build("llama").cuda(), build("llama").cuda()
+    plain = drawn(waiting, monkeypatch, graphs=False)
+    handle = waiting.model.layers[1].register_forward_pre_hook(lambda layer, given: given[0].sum().item() and None)
+    assert drawn(waiting, monkeypatch, graphs=True) == plain and len(lines) == 1 and not graphs
+    handle.remove()
+    assert drawn(other, monkeypatch, graphs=True) == plain and graphs and len(lines) == 1

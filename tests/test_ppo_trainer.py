@@ -139,10 +139,14 @@ def test_scores_normalised_by_query_type(tiny_model):
     from trl.trainer import RunningMoments
 
     trainer = make_trainer(FastPPOTrainer, tiny_model, score_clip=1.2)
-    scaled = trainer._scaled(torch.tensor([1.0, 10.0, 3.0, 30.0]), ["OPENENDED", "CONSTRAINED"] * 2)
+
+    def scale(*scores: float, qtypes: list[str]) -> torch.Tensor:
+        return trainer._scaled(torch.tensor(scores, device=trainer.current_device), qtypes).cpu()
+
+    scaled = scale(1.0, 10.0, 3.0, 30.0, qtypes=["OPENENDED", "CONSTRAINED"] * 2)
     half = 0.5**0.5  # means 2 and 20, deviations of two scores 2 ** 0.5 and 200 ** 0.5
     torch.testing.assert_close(scaled, torch.tensor([-half, -half, half, half]))
-    scaled = trainer._scaled(torch.tensor([8.0, 4.0]), ["OPENENDED", "OPENENDED"])  # of 1, 3, 8 and 4: mean 4, variance 26 / 3
+    scaled = scale(8.0, 4.0, qtypes=["OPENENDED", "OPENENDED"])  # of 1, 3, 8 and 4: mean 4, variance 26 / 3
     torch.testing.assert_close(scaled, torch.tensor([1.2, 0.0]))  # 4 / 2.94 is clipped
     assert float(trainer.running_by_qtype["CONSTRAINED"].mean) == 20 and trainer.running.count < 1
 
@@ -260,4 +264,4 @@ def test_generate_draws_from_the_global_generator_and_knows_trls_options(tiny_mo
     greedy = trainer.generate(queries, batch_size=1, max_new_tokens=5)
     theirs = PPOTrainer.generate(trainer, queries, batch_size=1, max_new_tokens=5, eos_token_id=2, pad_token_id=2)
     assert [row.tolist() for row in greedy] == [row.tolist() for row in theirs]  # both with their prompts
-    assert len(trainer.generate(queries[0], max_new_tokens=2, pad_token_id=2)[0]) == 5  # one query: TRL's own
+    assert len(trainer.generate(queries[0].to(trainer.current_device), max_new_tokens=2, pad_token_id=2)[0]) == 5  # one query: TRL's own
