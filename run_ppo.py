@@ -39,7 +39,7 @@ from parts.errors import InputError, run_main
 from parts.files import check_writable, clear_leftovers, write_json
 from parts.locks import hold
 from parts.models import check_bits, check_tokenizer_name, check_vllm, check_whole_model, load_tokenizer, read_facts, use_cache
-from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts
+from parts.ppo_data import Prompt, batches, cut_at_stop_string, read_prompts, with_random_qtypes
 from parts.ppo_metrics import (
     MetricsLog,
     Moments,
@@ -80,6 +80,7 @@ class PPOSettings(RewardSettings):
     dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True, group=("files", ""))
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
     dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
+    random_qtypes: bool = setting(False, "deal the query types of the training rows out anew, by seed: the paper's control of branching")
     output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", written=True)
     logging_dir: str = setting("", "logs; empty means <output_dir>/logs", written=True)
     log_with: str = setting(
@@ -175,6 +176,8 @@ class PPOSettings(RewardSettings):
         if self.rollout_engine == "vllm" and self.lora_r > VLLM_RANKS[-1]:
             raise InputError(f"--lora_r is {self.lora_r}, expected {VLLM_RANKS[-1]} at most with --rollout_engine vllm")
         check_pattern(self.lora_target_modules)
+        if self.random_qtypes and "qtype" not in self.dataset_fields:
+            raise InputError("--random_qtypes=true, expected a reward that query types matter to, as with --reward_branching=true")
         if quantized and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise InputError("--load_in_8bit and --load_in_4bit under DeepSpeed, expected a launch file without it")
 
@@ -322,6 +325,7 @@ def main() -> None:
     limits = {"max_length": settings.max_prompt_length, "drop_long": settings.long_prompts == "drop"}
     read = functools.partial(read_prompts, fields=settings.dataset_fields, tokenizer=tokenizer, template=template, **limits)
     prompts = read(settings.dataset_path, against=[settings.dev_prompt_path])
+    prompts = with_random_qtypes(prompts, settings.seed) if settings.random_qtypes else prompts
     dev_prompts = read(settings.dev_prompt_path)[: settings.dev_prompts or None]
     facts = ppo_state.run_facts(settings, template)
     model.require_room([prompt.tokens for prompt in [*prompts, *dev_prompts]], settings.output_max_length, "--output_max_length")

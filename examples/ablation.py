@@ -2,6 +2,7 @@
 
     python examples/ablation.py                                     # `make ablation`: whatever is not done yet
     python examples/ablation.py --status=true                       # what is done and what is left
+    python examples/ablation.py --designs random-qtype target --results_dir assets/ablation/controls    # the controls
     python examples/ablation.py --status=true --judges assets/demo_gold_rm assets/second_gold_rm     # the kept texts, judged once more
     python examples/ablation.py --ppo_config configs/demo.yaml --designs LI full --seeds 1 2 3 4 5 --steps 0 6 12 \\
         --output_dir outputs/demo_seeds --results_dir assets/demo_run/seeds
@@ -58,13 +59,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCHES = ("length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching")
 DESIGNS = {"LI": 1, "LI-RP": 2, "LI-RP-QR": 3, "full": 4}  # how many of the switches are on, from the left
 LEARNED = "learned"
-COLOURS = {"LI": "#c2570c", "LI-RP": "#b0305c", "LI-RP-QR": "#6a3fb5", "full": "#0b6fb8", LEARNED: "#1f6f4f"}
+CONTROLS = {  # switches from the left, and what else is set
+    "random-qtype": (4, ["--random_qtypes=true"]),
+    "target": (1, ["--length_target=40"]),  # Singhal et al. (2023); the start writes 18 tokens, LI ends at 86
+}
+COLOURS = {"LI": "#c2570c", "LI-RP": "#b0305c", "LI-RP-QR": "#6a3fb5", "full": "#0b6fb8", LEARNED: "#1f6f4f",
+           "random-qtype": "#8a6d1a", "target": "#50545c"}  # fmt: skip
 
 
 @dataclass
 class AblationSettings(Settings):
     ppo_config: str = setting("configs/ablation.yaml", "settings of run_ppo.py for every cell", path=True)
-    designs: list[str] = setting([*DESIGNS, LEARNED], f"{', '.join(DESIGNS)}, and {LEARNED}: PPO against a reward model")
+    designs: list[str] = setting(
+        [*DESIGNS, LEARNED], f"{', '.join(DESIGNS)}; {LEARNED}: PPO against a reward model; the controls {' and '.join(CONTROLS)}"
+    )
     seeds: list[int] = setting([1, 2, 3], "seeds of PPO")
     steps: list[int] = setting([], "checkpoints that are evaluated, at least three with 0 among them; by default all that a run saved")
     reward_model: str = setting("assets/second_gold_rm", f"what {LEARNED} is trained against", path=True)
@@ -80,8 +88,8 @@ class AblationSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for design in self.designs:
-            if design not in (*DESIGNS, LEARNED):
-                raise InputError(f"--designs holds {design!r}, expected some of {', '.join(DESIGNS)}, {LEARNED}")
+            if design not in (known := [*DESIGNS, LEARNED, *CONTROLS]):
+                raise InputError(f"--designs holds {design!r}, expected some of {', '.join(known)}")
         for name in ("designs", "seeds", "steps"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -126,8 +134,8 @@ def commands(cell: Cell) -> list[list[str]]:
     """What a user would type for a cell: PPO, rollouts, scores."""
     settings = cell.settings
     ppo = read_ppo(settings)
-    on = DESIGNS.get(cell.design, len(SWITCHES))
-    reward = [f"--{switch}={'true' if place < on else 'false'}" for place, switch in enumerate(SWITCHES)]
+    on, more = CONTROLS.get(cell.design, (DESIGNS.get(cell.design, len(SWITCHES)), []))
+    reward = [*(f"--{switch}={'true' if place < on else 'false'}" for place, switch in enumerate(SWITCHES)), *more]
     if cell.design == LEARNED:
         reward.append(f"--reward_model_name={settings.reward_model}")
     resume = ["--resume_from_checkpoint=auto"] if checkpoints_of(cell.run) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +64,12 @@ def read_prompts(
     if len(prompts) < len(rows):
         print(f"{path}: {len(rows) - len(prompts)} of {len(rows)} rows dropped, their prompts have {max_length} tokens or more")
     return prompts
+
+
+def with_random_qtypes(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The same prompts with their query types in another order, that of `seed`: as many of each."""
+    order = np.random.default_rng([seed, 0x7175]).permutation(len(prompts))  # another stream than the batches'
+    return [replace(prompt, row={**prompt.row, "qtype": prompts[place].qtype}) for prompt, place in zip(prompts, order)]
 
 
 def batches(prompts: list[Prompt], batch_size: int, seed: int, rank: int, world_size: int) -> Iterator[list[Prompt]]:

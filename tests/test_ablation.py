@@ -134,7 +134,7 @@ def test_nothing_begins_after_an_interruption(tmp_path, typed, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--designs", "LI", "RP"], "--designs holds 'RP', expected some of LI, LI-RP, LI-RP-QR, full, learned"),
+        (["--designs", "LI", "RP"], "--designs holds 'RP', expected some of LI, LI-RP, LI-RP-QR, full, learned, random-qtype, target"),
         (["--designs", "LI", "LI"], "--designs names one twice, expected each once"),
         (["--seeds", "1", "1"], "--seeds names one twice, expected each once"),
         (["--steps", "20", "30", "40"], "--steps is [20, 30, 40], expected at least three, and 0 among them"),
@@ -144,6 +144,15 @@ def test_nothing_begins_after_an_interruption(tmp_path, typed, monkeypatch):
 def test_settings_that_are_refused(words, message, tmp_path):
     done = run_script("examples/ablation.py", f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", *words)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(f"{message}\n")
+
+
+def test_the_controls_differ_by_one_flag(tmp_path):
+    """From the full design, and from length alone."""
+    settings = ablation.AblationSettings(output_dir=str(tmp_path), results_dir=str(tmp_path))
+    words = {design: set(ablation.commands(ablation.Cell(design, 1, settings))[0]) for design in ("LI", "full", *ablation.CONTROLS)}
+    for control, like, flag in (("random-qtype", "full", "--random_qtypes=true"), ("target", "LI", "--length_target=40")):
+        own = words[control] - words[like]
+        assert {word for word in own if "name=" not in word and "output_dir=" not in word} == {flag} and len(own) == 3
 
 
 def test_cells_of_other_steps_are_no_mean(tmp_path):

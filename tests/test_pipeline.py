@@ -328,6 +328,7 @@ BAD_PPO = {
         {"dev_prompt_path": '[{"input": "a"}]', "score_norm_by_qtype": "true"},
         "bad.json: row 1: field 'qtype' is missing, expected text",
     ),
+    "query types without a meaning": ({"random_qtypes": "true"}, "--random_qtypes=true, expected a reward that query types matter to"),
     "unknown tracker": ({"log_with": "paper"}, "--log_with is 'paper', expected tensorboard, wandb, none"),
 }
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from parts.chat_templates import ChatTemplate, encode_prompts, load_template
 from parts.generation import generate_responses
 from parts.models import load_tokenizer
-from parts.ppo_data import Prompt, batches, cut_at_stop_string
+from parts.ppo_data import Prompt, batches, cut_at_stop_string, with_random_qtypes
 from parts.ppo_metrics import require_finite_step
 from parts.sampling import Decoding, draw_key, look_up, ready_to_sample, row_draws, row_seed, sample
 
@@ -37,6 +37,18 @@ def test_every_epoch_holds_every_prompt_once_in_another_order():
     assert numbers[:10] != numbers[10:]
     assert numbers == drawn(5)
     assert numbers != drawn(5, seed=43)
+
+
+def test_random_query_types_are_dealt_out_by_seed():
+    """As many of each as there are; nothing else of a row changes."""
+    prompts = [
+        Prompt(f"p{number}", [number], {"qtype": "OPENENDED" if number < 7 else "CONSTRAINED", "output": "x"}) for number in range(20)
+    ]
+    dealt = with_random_qtypes(prompts, 1)
+    assert [prompt.qtype for prompt in dealt].count("OPENENDED") == 7 and [row.qtype for row in dealt] != [row.qtype for row in prompts]
+    assert [(row.tokens, row.row["output"]) for row in dealt] == [(row.tokens, row.row["output"]) for row in prompts]
+    assert dealt == with_random_qtypes(prompts, 1) and dealt != with_random_qtypes(prompts, 2)
+    assert [prompt.qtype for prompt in prompts[:7]] == ["OPENENDED"] * 7
 
 
 def test_ranks_share_out_the_same_order():
