@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parts.best_of_n_command import judge_best_of_n
+from parts.best_of_n_command import judge_best_of_n, read_choice
 from parts.chat_templates import ChatTemplate, load_template
 from parts.cli import Settings, parse_settings, setting
 from parts.designs import (
@@ -57,11 +57,11 @@ from parts.files import check_writable, clear_folder, write_json
 from parts.gold_settings import DEFAULT_GOLD, GoldSettings, short_names
 from parts.locks import hold
 from parts.models import check_device
-from parts.ppo_checkpoints import HARMLESS
 from parts.rank_statistics import COLUMNS, ScoredRun, compare, correlations, together
 from parts.report import print_comparison, print_run, print_together, write_comparison, write_run, write_together
 from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
+from parts.run_checks import check_start, one_training, warn_of_changed_code, warn_of_other_draws, warn_of_other_training
 from parts.runs import Checkpoint, choose_checkpoints, meta_path, provenance, read_kl, without_records
 from parts.samples import Samples
 from parts.scores import (
@@ -77,6 +77,8 @@ from parts.scores import (
 )
 from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
+OF_THE_REWARD = {field.name for field in fields(RewardSettings)}
+
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
 
@@ -90,7 +92,7 @@ class MonotonicitySettings(Settings):
         [], "checkpoints are <output_dir>/<model_prefix>_step_<k>; several are several runs (seeds, or designs)"
     )
     steps: list[int] = setting([], "the checkpoints to compare; by default all that have rollouts, except the start (step 0)")
-    include_start: bool = setting(False, "count step 0 among the default checkpoints")
+    include_start: bool = setting(False, "count step 0 among the checkpoints")
     data_path: str = setting(
         "", "evaluation rows with qtype and reference (`output`); empty means the file the rollouts were made from", path=True
     )
@@ -179,6 +181,7 @@ class Run:
     references: list[dict]
     template: ChatTemplate
     output_max_length: int
+    one_training: bool = True  # whether all checkpoints were trained on the last one's reward
 
     @property
     def steps(self) -> list[int]:
@@ -196,12 +199,13 @@ class Run:
         """All that makes one design differ from another."""
         learned = reward_name(self.trained)
         how = f", {self.template.name} prompts, responses of {self.output_max_length} tokens at most"
+        how += ", random query types" if self.trained.get("random_qtypes") else ""
         return reward_in_words(self.proxy) + how + (f", trained against {learned}" if learned else "")
 
     @property
     def own(self) -> bool:
-        """Whether the record says that the run was trained on this proxy."""
-        if not self.trained or self.trained.get("reward_model_name"):
+        """Whether the record says that the run was trained on this proxy, all of it."""
+        if not self.trained or not self.one_training or self.trained.get("reward_model_name") or self.trained.get("random_qtypes"):
             return False
         same_template = self.trained.get("chat_template_name", self.template.name) == self.template.name
         same_length = self.trained.get("output_max_length", LENGTH) == self.output_max_length
@@ -215,17 +219,9 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     proxy = proxy_of_run(trained, settings.batch_size, typed)
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
-    warn_of_changed_code(checkpoints[-1], proxy)
+    warn_of_changed_code(checkpoints[-1], proxy.reward_source())
     template, length = template_and_length(settings.chat_template_name, settings.output_max_length, checkpoints[-1].meta, trained)
-    return Run(prefix, checkpoints, trained, proxy, references, template, length)
-
-
-def warn_of_changed_code(checkpoint: Checkpoint, proxy: RewardSettings) -> None:
-    """One line where the reward's code is not what it was in training: the run would be judged by another reward than its own."""
-    recorded = checkpoint.record.get("reward_source", {})
-    for name, own in proxy.reward_source().items():
-        if recorded.get(name, own) != own:
-            print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
+    return Run(prefix, checkpoints, trained, proxy, references, template, length, one_training(checkpoints, OF_THE_REWARD))
 
 
 def check_gold_names(golds: Sequence[str], runs: Sequence[Run]) -> None:
@@ -246,25 +242,6 @@ def require_readers(proxies: Mapping[str, RewardSettings], typed: Mapping) -> No
         raise InputError(f"--{flags[0]}: {name} is judged by {proxy.named}, which does not read it")
 
 
-def warn_of_other_training(runs: Sequence[Run], designs: Sequence[str]) -> None:
-    """One line for each run that counts as another seed of a design, and was trained with other settings than the first run of it."""
-    first: dict[str, Run] = {}
-    for run, design in zip(runs, designs):
-        one = first.setdefault(design, run)
-        names = one.trained.keys() & run.trained.keys() - (HARMLESS | {"seed", "save_freq", "overall_steps"})
-        if others := sorted(name for name in names if one.trained[name] != run.trained[name]):
-            print(f"warning: {run.name} counts as another seed of {one.name}, and was trained with another {', '.join(others)}")
-
-
-def warn_of_other_draws(runs: Sequence[Run]) -> None:
-    """One line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
-    first = runs[0]
-    for run in runs[1:]:
-        metas = run.checkpoints[0].meta, first.checkpoints[0].meta
-        if names := [name for name in ("decoding", "template", "engine", "dtype") if metas[0].get(name) != metas[1].get(name)]:
-            print(f"warning: the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
-
-
 def run_to_choose_by(runs: Sequence[Run]) -> Run:
     """The run by whose encoder and length all designs choose among samples, whose policy has no record of either.
 
@@ -281,15 +258,6 @@ def run_to_choose_by(runs: Sequence[Run]) -> Run:
             if value != values[0]:
                 raise InputError(f"--best_of_n: {name} is {values[0]} in {group[0].name} and {value} in {run.name}, expected one for all")
     return encoding[0]
-
-
-def check_start(samples: Samples, runs: Sequence[Run]) -> None:
-    """Raises InputError for samples of a policy that PPO moved, whose KL is not from the runs' start; a line says other prompts."""
-    if samples.policy.step:
-        raise InputError(f"{samples.path}: samples of {samples.policy.name}, expected those of the model that the runs start from")
-    for run in runs:
-        if set(samples.instructions) != {row["instruction"] for row in run.checkpoints[0].rows}:
-            print(f"warning: {samples.path} and the rollouts of {run.name} answer different prompts")
 
 
 def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint], proxy: RewardSettings) -> list[dict]:
@@ -338,11 +306,12 @@ def score_proxies(runs: Sequence[Run], proxies: Proxies) -> dict[str, list[dict[
     return tables
 
 
-def open_gold(settings: MonotonicitySettings, gold_settings: GoldSettings, name: str) -> LazyGold:
+def open_golds(settings: MonotonicitySettings, gold_settings: GoldSettings) -> dict[str, LazyGold]:
+    """The golds by their names, none of which has loaded its weights. Raises InputError for one that cannot be."""
     from parts.gold_models import LazyGold
 
     try:
-        return LazyGold(name, settings.device or None, settings.batch_size, gold_settings)
+        return {name: LazyGold(name, settings.device or None, settings.batch_size, gold_settings) for name in settings.gold_model}
     except InputError as error:
         if not settings.by_default:
             raise
@@ -402,13 +371,15 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     """SpearmanR of one run or several, by their checkpoints' rollouts; runs of different designs are compared."""
     # 1. Everything a user can get wrong, before any model loads.
     for number, prefix in enumerate(settings.model_prefix):
+        if Path(prefix).name != prefix:
+            raise InputError(f"--model_prefix: {prefix}, expected the beginning of folders' names in --output_dir, without a slash")
         if prefix in settings.model_prefix[:number]:
             raise InputError(f"--model_prefix: {prefix} comes twice")
     runs = [read_run(settings, typed, prefix) for prefix in settings.model_prefix]
     table, is_lone = settings.gold_scores, len(runs) == 1
     tabled = {run.name: read_gold_scores(table, run.steps, run.name, is_lone) if table else {} for run in runs}
     designs = name_designs(runs)
-    warn_of_other_training(runs, designs)
+    warn_of_other_training(runs, designs, OF_THE_REWARD)
     warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
@@ -416,8 +387,18 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
     chooser = run_to_choose_by(runs) if settings.best_of_n else None
+    if chooser:
+        settings.output_max_length = chooser.output_max_length
+
+    def read(trained: Mapping) -> RewardSettings:
+        """The proxy that all runs' designs can be composed of."""
+        switches = {switch: True for run in runs if run.proxy.is_proxy for switch in run.proxy.switched_on.values()}
+        return read_proxy(settings, typed, {**chooser.trained, **switches} if chooser.proxy.is_proxy else trained)
+
     for path in settings.best_of_n:
         check_start(Samples(Path(path)), runs)
+        read_choice(settings, read, path)
+    opened = open_golds(settings, gold_settings)
     output = Path(settings.output_dir)
     folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
     folders = [folder, *(output / f"{run.name}_monotonicity" for run in runs)]
@@ -434,18 +415,13 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         models[golds[gold.name]], dtypes[gold.name] = score_gold(gold, runs), gold.dtype
 
     if chooser:
-        settings.output_max_length = chooser.output_max_length
-
-        def read(trained: Mapping) -> RewardSettings:
-            switches = {feature.switch: True for run in runs if run.proxy.is_proxy for feature in run.proxy.on}
-            return read_proxy(settings, typed, {**chooser.trained, **switches} if chooser.proxy.is_proxy else trained)
-
-        curves = [curve for curve in judge_best_of_n(settings, gold_settings, typed, read, proxies, judge) if curve.design in designs]
+        found = judge_best_of_n(settings, gold_settings, typed, read, proxies, lambda: opened, judge)
+        curves = [curve for curve in found if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:
             print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")
     else:
         for path in golds:
-            judge(open_gold(settings, gold_settings, path))
+            judge(opened.pop(path))
     scored = []
     for run, design in zip(runs, designs):
         gold = {name: scores[run.name] for name, scores in models.items()}
@@ -560,9 +536,20 @@ def read_proxy(settings: MonotonicitySettings, typed: Mapping, trained: Mapping)
     """The proxy that chooses among samples of a policy with these recorded settings. Raises InputError for one that cannot be used."""
     proxy = proxy_of_run(trained, settings.batch_size, typed)
     require_readers({"--best_of_n": proxy}, typed)
-    proxy = every_switch_on(proxy) if settings.every_design else proxy
+    if settings.every_design:
+        every = every_switch_on(proxy)
+        proxy = every if settings.all_designs else only_of(every, settings.designs) if settings.designs else proxy
     proxy.check_reward()
     return proxy
+
+
+def only_of(proxy: RewardSettings, designs: Sequence[str]) -> RewardSettings:
+    """The design that these can be composed of, by their names among all designs of `proxy`. Raises InputError for an unknown name."""
+    known = all_designs(proxy.switched_on)
+    for name in designs:
+        if name not in known:
+            raise InputError(f"--designs holds {name!r}, expected some of {'; '.join(known)}")
+    return replace(proxy, **{switch: any(known[name][switch] for name in designs) for switch in proxy.switched_on.values()})
 
 
 def main() -> None:
@@ -577,7 +564,10 @@ def main() -> None:
         gold_settings.check_gold([])
         judge_designs(settings, typed)
     elif not settings.model_prefix:
-        judge_best_of_n(settings, gold_settings, typed, partial(read_proxy, settings, typed), Proxies(settings.device or None))
+        read = partial(read_proxy, settings, typed)
+        judge_best_of_n(
+            settings, gold_settings, typed, read, Proxies(settings.device or None), partial(open_golds, settings, gold_settings)
+        )
     else:
         judge_runs(settings, gold_settings, typed)
 

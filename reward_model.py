@@ -421,6 +421,10 @@ class RewardSettings(ProxySettings):
                 raise InputError(f"--reward_model_name names {name} twice, expected different reward models")
         if self.reward_ensemble != "mean" and len(self.reward_model_name) < 2:
             raise InputError(f"--reward_ensemble is {self.reward_ensemble}, expected at least two --reward_model_name with it")
+        if self.reward_offload and not self.reward_model_name:
+            raise InputError("--reward_offload=true is for reward models, expected --reward_model_name with it")
+        if self.uwo_coefficient != 0.1 and self.reward_ensemble != "uwo":
+            raise InputError(f"--uwo_coefficient is {self.uwo_coefficient} and --reward_ensemble is {self.reward_ensemble}, expected uwo")
         if self.is_proxy and self.length_target and not self.length_incentive:
             raise InputError(f"--length_target is {self.length_target} and --length_incentive is off, expected it on: it takes LI's place")
         if self.is_proxy and not self.on:

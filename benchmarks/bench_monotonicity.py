@@ -26,10 +26,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.products import Products
-from eval_monotonicity import MonotonicitySettings, open_gold, read_run, score_gold, score_proxies
+from eval_monotonicity import MonotonicitySettings, read_run, score_gold, score_proxies
 from parts.conversations import encode_conversation
 from parts.cpu_speed import OneDNNLinear
 from parts.files import REPOSITORY
+from parts.gold_models import LazyGold
 from parts.gold_settings import GoldSettings
 from parts.models import adapter_base
 from parts.rewards import reward_batch
@@ -93,7 +94,7 @@ def ours(settings: MonotonicitySettings, dtype: str) -> tuple[float, Products]:
     with Products() as products:
         runs = [read_run(settings, {"relevance_model_name": ENCODER}, "run")]
         score_proxies(runs, Proxies("cpu"))
-        score_gold(open_gold(settings, GoldSettings(gold_dtype=dtype), GOLD), runs)
+        score_gold(LazyGold(GOLD, "cpu", settings.batch_size, GoldSettings(gold_dtype=dtype)), runs)
     return time.perf_counter() - start, products
 
 

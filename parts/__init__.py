@@ -53,6 +53,7 @@ floor 5, made of these
     vllm_engines      the same by vLLM, and rollouts of a policy in training
     sft_data          rows for supervised fine-tuning
     qtype_classifier  query types told by a model
+    run_checks        whether runs were trained and rolled out alike
 floor 6, the largest
     ppo_setup         a run's settings into the trainer, its policy and optimizer
     ppo_state         saving and resuming PPO

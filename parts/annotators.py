@@ -298,7 +298,7 @@ def answer_locally(
     from parts.chat_templates import encode_instructions, load_template
     from parts.generation import HFEngine, generate_responses
     from parts.models import load_tokenizer, read_facts
-    from parts.sampling import Decoding, end_tokens
+    from parts.sampling import Decoding, check_sampling, end_tokens
 
     tokenizer = load_tokenizer(model_name, cache_dir or None)
     template = load_template(chat_template_name, tokenizer)
@@ -329,6 +329,7 @@ def answer_locally(
     if prompts["qtype"]:
         label_logprobs(model, prompts["qtype"], names, batch_size, labelled, "labels")
     if prompts["output"]:
+        check_sampling(model)
         decoding = Decoding(max_new_tokens, temperature=0)
         generate_responses(model, tokenizer, prompts["output"], decoding, batch_size, 0, "references", finished=answered, ends=ends)
 

@@ -41,6 +41,7 @@ def judge_best_of_n(
     typed: Mapping,
     read_proxy: Callable[[Mapping], Any],
     proxies: Proxies,
+    open_golds: Callable[[], dict[str, LazyGold]],
     also: Callable[[LazyGold], object] = lambda gold: None,
 ) -> list[BestOfN]:
     """What gold makes of the responses that the proxy chooses among n, for one policy's samples or several.
@@ -51,6 +52,7 @@ def judge_best_of_n(
         typed: the settings of the proxy that the user gave, for the record.
         read_proxy: the proxy's settings (`reward_model.RewardSettings`), from the recorded ones of the policy's training.
         proxies: the rewards of this call.
+        open_golds: the golds by name, before any has loaded its weights; each is taken out for its turn.
         also: called with each gold after its turn, for what else it is to score.
 
     Returns:
@@ -65,6 +67,7 @@ def judge_best_of_n(
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     gold_settings.check_gold(settings.gold_model)
     check_device(settings.device)
+    opened = open_golds()
     folders = [Path(settings.output_dir) / f"{choice.samples.name}_best_of_n" for choice in choices]
     hold(*folders)
     for folder in folders:
@@ -78,7 +81,7 @@ def judge_best_of_n(
         write_best(settings.write_best, choices[0], proxy, record)
     if not golds:
         return []
-    scores, dtypes = score_samples(settings, gold_settings, golds, choices, also)
+    scores, dtypes = score_samples(golds, opened, choices, also)
 
     # 3. The answer.
     curves = []
@@ -119,9 +122,6 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
         raise InputError(f"--write_best is {settings.write_best[0]}, expected at most {count}, the samples of a row in {path}")
     proxy = read_proxy(trained)
     designs = all_designs(proxy.switched_on) if settings.every_design else {}
-    for name in settings.designs:
-        if name not in designs:
-            raise InputError(f"--designs holds {name!r}, expected some of {'; '.join(designs)}")
     designs = {name: designs[name] for name in settings.designs or designs}
     data_path = settings.data_path or (samples.meta.get("data_path") if proxy.reads_besides("qtype", "output") else None)
     if data_path:
@@ -156,17 +156,15 @@ def score_choice(choice: Choice, proxies: Proxies) -> dict[str, np.ndarray]:
 
 
 def score_samples(
-    settings, gold_settings: GoldSettings, golds: Mapping[str, str], choices: Sequence[Choice], also: Callable[[LazyGold], object]
+    golds: Mapping[str, str], opened: dict[str, LazyGold], choices: Sequence[Choice], also: Callable[[LazyGold], object]
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, str]]:
     """For each file, by gold, [rows, samples] scores; and the dtype of each gold. Each gold is loaded once."""
     from tqdm import tqdm
 
-    from parts.gold_models import LazyGold
-
     scores: list[dict[str, np.ndarray]] = [{} for _ in choices]
     dtypes = {}
     for path, name in golds.items():
-        gold = LazyGold(path, settings.device or None, settings.batch_size, gold_settings)
+        gold = opened.pop(path)  # which ends with its turn: two golds need not fit
         dtypes[path] = gold.dtype
         samples = [choice.samples for choice in choices]
         stores = [ScoreStore(scores_path(one.path), gold.facts) for one in samples]

@@ -9,6 +9,7 @@ read is in tensors, and a layer that is asked how much it holds refuses (`fix` o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -40,16 +41,22 @@ def leave_out(base: PreTrainedModel, error: Exception) -> None:
     say_once(f"{base.config.name_or_path or type(base).__name__}: tokens are sampled without CUDA graphs, more slowly ({why})")
 
 
-def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`step`, which has run once, as a graph. Its result lies where the last call's lay.
+def capture(step: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    """`step`, which has run once on this GPU, as a graph. Its result lies where the last call's lay.
 
     Raises:
         RuntimeError: it waits for the GPU, or does something else that a graph cannot.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with what only a capture of all threads would forbid. After a failure PyTorch leaves its stream current.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
+    with warnings.catch_warnings(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        warnings.filterwarnings("error", "The CUDA Graph is empty")  # as on another GPU's stream: a replay would do nothing
+        # Other threads may go on with what only a capture of all threads would forbid. A failure leaves PyTorch on the graph's own stream,
+        # whence the stream above; PyTorch's own choice is one stream of the first GPU that captured.
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                result = step()
+        except UserWarning as warning:
+            raise RuntimeError(str(warning)) from None
 
     def replay() -> torch.Tensor:
         graph.replay()
@@ -62,7 +69,8 @@ class FixedPass:
     """The pass over one more token of each row, for as long as there is room for tokens.
 
     Args:
-        read: logits [rows, vocabulary] of what follows, from ids, positions [rows, 1] both, and a mask [rows, 1, 1, room].
+        read: logits [rows, vocabulary] of what follows, from ids, positions [rows, 1] both, and a mask [rows, 1, 1, room]. It should not
+            lead back to this pass: the cache of a batch would stay until Python looks for circles.
         cache: of layers that can be fixed. Columns of it in which no row has a token are left out.
         mask: [rows, tokens read].
         positions: [rows, 1] of the next tokens.
@@ -94,7 +102,7 @@ class FixedPass:
         """
         self._tokens.copy_(tokens[:, None])
         if self._has_run:
-            self._replay = self._replay or capture(self._step)
+            self._replay = self._replay or capture(self._step, self.mask.device)
             logits = self._replay()
         else:
             logits = self._step()  # a capture needs kernels that are loaded

@@ -55,7 +55,11 @@ def ranked_systems(systems: Mapping[str, object], board: Mapping[str, Mapping[st
         if not any(name in scores for scores in board.values()):
             raise InputError(f"{path}: no score for the system {name!r}")
     ranked = {column: [name for name in systems if name in scores] for column, scores in board.items()}
+    if few := [column for column, names in ranked.items() if 0 < len(names) < 3]:
+        print(f"{path}: left out, with fewer than 3 of the systems: {', '.join(few)}")
     ranked = {column: names for column, names in ranked.items() if len(names) >= 3}
+    if "design" in ranked:
+        raise InputError(f"{path}: a column is called 'design', as the designs' own, expected another name")
     if not ranked:
         raise InputError(f"{path}: fewer than 3 of the systems in every column, expected at least 3 for a correlation")
     return ranked

@@ -379,11 +379,12 @@ def _load_model(
     cls: type, name_or_path: str, device: str | None, settings: GoldSettings, new_head: bool = False, brought: Iterable[str] = ()
 ) -> PreTrainedModel:
     """`cls.from_pretrained` from safetensors, over the GPUs there are or on a CPU; weights that are missing, and not brought, are an error."""
-    placement = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
+    placement: dict[str, object] = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
     labels = {"num_labels": 1} if new_head else {}
     if settings.quantized:
         # The head stays as it is: it is small, and all there is to the score's scale.
         heads = ["v_head", "score", "classifier"]
+        placement |= {} if device is None else {"device_map": {"": device}}  # else the current GPU, whatever `device` says
         placement["quantization_config"] = in_bits(settings.load_in_8bit, settings.load_in_4bit, torch.bfloat16, heads)
     with loading(name_or_path, "a reward model"), quiet_loading() if new_head else nullcontext():
         model, loaded = cls.from_pretrained(

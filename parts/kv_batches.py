@@ -8,9 +8,10 @@ batch.keep(rows), batch.refill(slots, prompts)
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +129,7 @@ class Batch:
         if len(different) < len(prompts) or order != list(range(len(different))):
             number = {different[place]: slot for slot, place in enumerate(order)}
             self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
-        self._can_be_fixed = self.can_refill and "position_ids" in self.takes and can_be_graphed(base_of(model), self.device)
+        self._can_be_fixed = can_be_fixed(model)
 
     def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Read prompts, and return the order in which they lie then."""
@@ -188,14 +189,9 @@ class Batch:
         """What share of the rows must have ended for the others to move together: each time a graph is captured again."""
         return 1 / 8 if self._fixed is None else 1 / 2
 
-    def _pass(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions, "logits_to_keep": 1}
-        given |= {} if self.recurrent else {"attention_mask": mask}
-        output = self.model(input_ids=ids, use_cache=True, **{name: value for name, value in given.items() if name in self.takes})
-        return output.logits[:, -1]
-
     def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        self.logits, self.positions = self._pass(ids, positions, self.mask), positions[:, -1:] + 1
+        mask = None if self.recurrent else self.mask
+        self.logits, self.positions = last_logits(self.model, self.takes, self.cache, ids, positions, mask), positions[:, -1:] + 1
 
     def read(self, tokens: torch.Tensor) -> None:
         """One more token of each row, [rows]. The logits of the last call may be overwritten."""
@@ -216,7 +212,8 @@ class Batch:
         if self._fixed is not None and self._fixed.is_full:
             self._loosen()
         if self._fixed is None:
-            self._fixed = FixedPass(self._pass, self.cache, self.mask, self.positions)
+            read = functools.partial(last_logits, self.model, self.takes, self.cache)
+            self._fixed = FixedPass(read, self.cache, self.mask, self.positions)
             self.mask, self.positions = self._fixed.mask, self._fixed.positions
         self.logits = self._fixed(tokens)
 
@@ -255,6 +252,23 @@ class Batch:
             for layer in self.cache.layers:
                 layer.trim(unused)
         return others.logits
+
+
+def last_logits(
+    model: PreTrainedModel, takes: Collection[str], cache: Cache, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits [rows, vocabulary] of what follows `ids`, of what a model `takes`."""
+    given = {"past_key_values": cache, "cache_params": cache, "position_ids": positions, "attention_mask": mask, "logits_to_keep": 1}
+    given = {name: value for name, value in given.items() if name in takes and value is not None}
+    return model(input_ids=ids, use_cache=True, **given).logits[:, -1]
+
+
+def can_be_fixed(model: PreTrainedModel) -> bool:
+    """Whether to read tokens in passes of fixed shapes: on a GPU, by a model that keeps all keys and values and is told positions."""
+    base = base_of(model)
+    roomy = all(isinstance(layer, _RoomyLayer) for layer in roomy_cache(model).layers)
+    told = "position_ids" in inspect.signature(base.forward).parameters
+    return can_be_graphed(base, next(model.parameters()).device) and roomy and told
 
 
 def keeps_states(cache: Cache) -> bool:

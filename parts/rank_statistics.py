@@ -136,16 +136,43 @@ def turning_point(steps: list[int], proxy: np.ndarray, gold: np.ndarray) -> int 
     Args:
         steps: of the checkpoints.
         proxy: [checkpoints, rows].
-        gold: [checkpoints, rows]: gold must then fall from its peak by more than 1.96 standard errors over the rows. Or [checkpoints, 1],
-            means, of which nothing tells a fall from chance.
+        gold: [checkpoints, rows]: gold must then fall from its peak by more standard errors over the rows than `chance_fall`. Or
+            [checkpoints, 1], means, of which nothing tells a fall from chance.
     """
     curve, means = proxy.mean(axis=1), gold.mean(axis=1)
     peak = int(np.argmax(means))
     beyond = [place for place in range(peak + 1, len(steps)) if curve[place] > curve[peak] and means[place] < means[peak]]
-    if gold.shape[1] > 1:
-        falls = {place: paired_difference(gold[peak], gold[place]) for place in beyond}
-        beyond = [place for place, fall in falls.items() if fall["difference"] < -1.96 * fall["standard_error"]]
+    if beyond and gold.shape[1] > 1:
+        most = chance_fall(gold)
+        beyond = [place for place in beyond if _fall(gold[peak], gold[place]) > most]
     return steps[peak] if beyond else None
+
+
+def _fall(first: np.ndarray, last: np.ndarray) -> float:
+    """Mean of first - last over the rows in its standard errors; infinite where every row falls alike."""
+    found = paired_difference(last, first)
+    if found["standard_error"] <= 1e-9 * abs(found["difference"]):
+        return np.inf if found["difference"] > 0 else 0.0
+    return found["difference"] / found["standard_error"]
+
+
+def chance_fall(gold: np.ndarray, draws: int = 1000, seed: int = 0) -> float:
+    """How many standard errors gold falls from its peak to a later checkpoint, the lowest, in one of twenty curves that do not move.
+
+    The peak is chosen for being highest and any later checkpoint may be the lowest, so that a single difference's 1.96 would be passed often.
+    Each prompt's scores are put in random orders over the checkpoints: 95% of the largest falls are below what is returned.
+
+    Args:
+        gold: [checkpoints, rows].
+    """
+    rng, largest = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = rng.permuted(gold, axis=0)
+        peak = int(drawn.mean(axis=1).argmax())
+        falls = drawn[peak] - drawn[peak + 1 :]
+        errors = falls.std(axis=1, ddof=1) / np.sqrt(falls.shape[1])
+        largest.append(max((falls.mean(axis=1)[errors > 0] / errors[errors > 0]).tolist(), default=0.0))
+    return float(np.quantile(largest, 0.95))
 
 
 def paired_difference(first: np.ndarray, last: np.ndarray) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ def print_run(run: ScoredRun) -> None:
         print(describe(found, steps))
         print(describe_fit(fits[name]))
     if len(run.gold) > 1:
-        names, curves = list(run.gold), [scores.mean(axis=1) for scores in run.gold.values()]
-        print(f"the golds among themselves: SpearmanR {_shown(spearman(*curves[:2]))} between {names[0]} and {names[1]}")
+        curves = {name: scores.mean(axis=1) for name, scores in run.gold.items()}
+        pairs = [f"{_shown(spearman(curves[one], curves[other]))} between {one} and {other}" for one, other in combinations(curves, 2)]
+        print(f"the golds among themselves: SpearmanR {', '.join(pairs)}")
 
 
 def print_together(both: dict[str, dict], count: int, design: str = "") -> None:

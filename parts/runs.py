@@ -248,11 +248,14 @@ def choose_checkpoints(settings, prefix: str) -> list[Checkpoint]:
     parent = Path(settings.output_dir)
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder, expected the one that holds the checkpoints")
-    by_step = {point.step: point for point in checkpoints_of(parent / prefix)}
+    by_step: dict[int, Checkpoint] = {}
+    for point in checkpoints_of(parent / prefix):
+        if by_step.setdefault(point.step, point) is not point:
+            raise InputError(f"{parent}: {by_step[point.step].name} and {point.name} are both step {point.step} of {prefix}, expected one")
     if not by_step:
         raise InputError(f"{parent}: no folder {prefix}_step_<k>")
     if settings.steps:
-        steps = sorted(set(settings.steps))
+        steps = sorted({*settings.steps, *([0] if settings.include_start else [])})
         for step in steps:
             if step not in by_step or not by_step[step].rollouts.is_file():
                 raise InputError(f"{parent}/{prefix}_step_{step}: no rollouts, expected them from evaluation.py")

@@ -38,8 +38,8 @@ def fit_gains(form: str, kl: Sequence[float | None], gains: np.ndarray) -> dict:
 
     Returns:
         "form"; "points", the number of those used; "unknown_kl" and "negative_kl", the numbers of those left out for it. Then "reason", why
-        there is no fit, or: "alpha" and "beta", each with its "_standard_error" over prompts (None of means); "aic" and "aic_line",
-        n log(RSS / n) + 2 k with k = 2 parameters and 1; "better", whether the form's is lower; "peak", the d where gold is predicted to be
+        there is no fit, or: "alpha" and "beta", each with its "_standard_error" over prompts (None of means); "aicc" and "aicc_line",
+        n log(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1) with k = 2 parameters and 1 (Hurvich and Tsai 1989, for few points); "better", whether the form's is lower; "peak", the d where gold is predicted to be
         highest, if the form is better, beta above 0 and d within a factor `NEAR` of what was measured, else None; "peak_interval", its 95%
         percentile interval over resampled prompts, with None for an end at which gold rises without end.
     """
@@ -60,8 +60,8 @@ def fit_gains(form: str, kl: Sequence[float | None], gains: np.ndarray) -> dict:
     by_row = scipy.linalg.lstsq(_terms(form, d), gains)[0]  # [2, rows]
     alpha, beta = by_row.mean(axis=1)
     errors = scipy.stats.sem(by_row, axis=1).tolist() if gains.shape[1] > 1 else [None, None]
-    aic = _aic(means, _terms(form, d)), _aic(means, d[:, None])
-    peak = float(_peaks(form, alpha, beta)) if aic[0] < aic[1] else np.inf
+    aicc = _aicc(means, _terms(form, d)), _aicc(means, d[:, None])
+    peak = float(_peaks(form, alpha, beta)) if aicc[0] < aicc[1] else np.inf
     within = d.min() / NEAR <= peak <= d.max() * NEAR
     return {
         **found,
@@ -69,9 +69,9 @@ def fit_gains(form: str, kl: Sequence[float | None], gains: np.ndarray) -> dict:
         "alpha_standard_error": errors[0],
         "beta": float(beta),
         "beta_standard_error": errors[1],
-        "aic": aic[0],
-        "aic_line": aic[1],
-        "better": aic[0] < aic[1],
+        "aicc": aicc[0],
+        "aicc_line": aicc[1],
+        "better": aicc[0] < aicc[1],
         "peak": peak if within else None,
         "peak_interval": _peak_interval(form, by_row) if within and gains.shape[1] > 1 else None,
     }
@@ -115,7 +115,7 @@ def describe_fit(fit: dict) -> str:
         error = fit[f"{name}_standard_error"]
         return f"{name} {fit[name]:.3f}" + ("" if error is None else f" (SE {error:.3f})")
 
-    against = f"by AIC, {fit['aic']:.1f} against {fit['aic_line']:.1f}"
+    against = f"by AICc, {fit['aicc']:.1f} against {fit['aicc_line']:.1f}"
     line = f"{head}: {number('alpha')}, {number('beta')}, {fit['points']} points{left}"
     if not fit["better"]:
         return f"{line}; no better than a straight line {against}"
@@ -145,9 +145,9 @@ def _peak_interval(form: str, by_row: np.ndarray, resamples: int = 2000, seed: i
     return [float(end) if np.isfinite(end) else None for end in ends]
 
 
-def _aic(means: np.ndarray, terms: np.ndarray) -> float:
-    """n log(RSS / n) + 2 k of least squares. What rounding leaves of an exact fit counts as exact, so that of two the simpler is lower."""
+def _aicc(means: np.ndarray, terms: np.ndarray) -> float:
+    """n log(RSS / n) + 2 k of least squares, with the correction for few points. What rounding leaves of an exact fit counts as exact, so that of two the simpler is lower."""
     count, parameters = terms.shape
     residuals = means - terms @ scipy.linalg.lstsq(terms, means)[0]
     squares = max(float(residuals @ residuals), 1e-24 * float(means @ means))
-    return count * float(np.log(squares / count)) + 2 * parameters
+    return count * float(np.log(squares / count)) + 2 * parameters + 2 * parameters * (parameters + 1) / (count - parameters - 1)

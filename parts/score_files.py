@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
 
     # 3. Table, file.
     means = {path: {name: column_mean(column) for name, column in table.items()} for path, table in tables.items()}
+    scored = {path: sum(value is not None for value in table["total"]) for path, table in tables.items()}
+    for path, count in scored.items():
+        if count < len(rollouts[path]):
+            said = f"{path}: {count} of {len(rollouts[path])} rows have a reward, whose mean is over these"
+            print(said, file=sys.stderr)
     if settings.output:
         record = provenance(
             dtype=getattr(reward, "dtype", "float32"),
@@ -86,9 +92,15 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
             settings={**asdict(settings), **asdict(rewards)},
         )
         per_row = {path: list(rows_of(batches[path], table)) for path, table in tables.items()}
-        write_json(settings.output, {"rows": per_row, "means": means, "provenance": record})
+        write_json(settings.output, {"rows": per_row, "means": means, "scored_rows": scored, "provenance": record})
     if settings.json:
-        print(json.dumps({path: {"rows": len(rollouts[path]), **mean} for path, mean in means.items()}, indent=1, allow_nan=False))
+        print(
+            json.dumps(
+                {path: {"rows": len(rollouts[path]), "scored_rows": scored[path], **mean} for path, mean in means.items()},
+                indent=1,
+                allow_nan=False,
+            )
+        )
     else:
         print_table({path: len(rows) for path, rows in rollouts.items()}, means)
 

@@ -120,11 +120,12 @@ class PolicyEngine:
 
     def __init__(self, model: str, dtype: str, length: int, rank: int, memory: float, device: str, seed: int) -> None:
         # vLLM runs in a process of its own, which shall see the policy's GPU alone and nothing of the launcher; a fork would have threads that stand still.
-        hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        hidden = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+        hidden += [name for name in os.environ if name.startswith("TORCHELASTIC_")]  # by one of them it would wait for a launcher's store
         gpu = device.partition(":")[2]
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         own = {"CUDA_VISIBLE_DEVICES": seen.split(",")[int(gpu)] if seen else gpu} if gpu else {}
-        own["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+        own["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         before = {name: os.environ.pop(name) for name in (*hidden, *own) if name in os.environ}
         os.environ |= own
         try:

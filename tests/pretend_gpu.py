@@ -49,8 +49,10 @@ class OnGPU(torch.Tensor):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         # A tensor without dimensions is as good as a number; indices may come from the CPU.
         others = [value for value in tensors if not isinstance(value, OnGPU) and value.dim()]
-        indices = isinstance(tensors[0], OnGPU) and all(value.dtype == torch.long for value in others)
-        if others and func is not torch.ops.aten.copy_.default and not (func.overloadpacket in INDEXED and indices):
+        if func.overloadpacket in INDEXED and isinstance(args[0], OnGPU):
+            indices = [value for value in args[1] if value is not None]
+            others = [value for value in others if not any(value is index for index in indices)]
+        if others and func is not torch.ops.aten.copy_.default:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found the CPU's {tuple(others[0].shape)} too")
         found = func(*inside(args), **inside(kwargs))
         return outside(found, tensors, isinstance(tensors[0], OnGPU))

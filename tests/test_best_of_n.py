@@ -15,7 +15,7 @@ from conftest import REPOSITORY, ROWS, run_script
 from nltk.tokenize import wordpunct_tokenize
 from test_processes import launcher
 
-from eval_monotonicity import check_start, run_to_choose_by
+from eval_monotonicity import run_to_choose_by
 from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
 from parts.best_of_n_command import sentences
 from parts.errors import InputError, run_main
@@ -25,8 +25,10 @@ from parts.models import load_tokenizer
 from parts.relevance import load_encoder
 from parts.rollouts import sample_rows
 from parts.rows import read_rows
+from parts.run_checks import check_start
 from parts.samples import Samples, best_rows
 from parts.sampling import Decoding, row_draws, sample
+from parts.weight_samples import weight_sample
 from reward_model import RewardSettings, repetition_penalty
 from train_sft import SFTSettings
 
@@ -259,7 +261,7 @@ def test_all_designs_from_one_scoring(sampled, tiny_gold, tmp_path, monkeypatch)
     assert found["all"]["LI * RP"] == found["some"]["LI * RP"] == found["one"]["LI * RP"]
     assert found["all"]["1"]["gain"] == [0.0] * 4 and found["all"]["1"]["spearman"] is None
     lines = [json.loads(line) for line in sampled.with_name("samples-model.scores.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len([line for line in lines if "facts" in line]) == 3  # the features of all designs, those of one, and gold
+    assert len([line for line in lines if "facts" in line]) == 4  # the features of all designs, of LI and RP for two and for one, and gold
 
 
 def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, capsys):
@@ -280,12 +282,12 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
     for name, load in loaders.items():
         monkeypatch.setattr(name, lambda *given, load=load, **more: loads.append(load.__name__) or load(*given, **more))
     assert run_inside(monkeypatch, *words) == 0
-    assert sorted(loads) == ["load_encoder", "load_gold_reward_model"]  # each once
+    assert loads == ["load_gold_reward_model"]  # once; length alone needs no encoder
     written = read_json(tmp_path / "model_best_of_n" / "best_of_n.json")
     chosen, made = written["golds"]["gold"], written["provenance"]
     # The samples are scored by the run's encoder and length, as the run's own rollouts are.
     assert made["proxy"]["relevance_model_name"] == "models/all-MiniLM-L6-v2" and made["settings"]["output_max_length"] == 77
-    assert len(chosen) == 17  # the runs' designs are among all
+    assert list(chosen) == ["LI", "1", "gold itself"]  # what the runs' designs can be composed of
     folder = tmp_path / "li+best_of_n_monotonicity"
     assert "best-of-n" in (folder / "report.html").read_text(encoding="utf-8")
     content = read_json(folder / "monotonicity.json")
@@ -305,7 +307,7 @@ def test_samples_beside_a_run_of_ppo(sampled, tiny_gold, tmp_path, monkeypatch, 
 def test_samples_of_a_trained_policy_do_not_stand_beside_its_run(tmp_path, capsys):
     """Their KL is not from where the run began."""
     rows = [{"instruction": name, "output": name} for name in "abc"]
-    run = SimpleNamespace(name="full", checkpoints=[SimpleNamespace(rows=rows)])
+    run = SimpleNamespace(name="full", checkpoints=[SimpleNamespace(rows=rows, meta={}, record={})])
     for step in (0, 5):
         folder = tmp_path / f"full_step_{step}"
         folder.mkdir()
@@ -317,8 +319,30 @@ def test_samples_of_a_trained_policy_do_not_stand_beside_its_run(tmp_path, capsy
         else:
             check_start(Samples(path), [run])
             assert capsys.readouterr().out == ""
-            check_start(Samples(path), [SimpleNamespace(name="li", checkpoints=[SimpleNamespace(rows=rows[:2])])])
+            check_start(Samples(path), [SimpleNamespace(name="li", checkpoints=[SimpleNamespace(rows=rows[:2], meta={}, record={})])])
             assert capsys.readouterr().out == f"warning: {path} and the rollouts of li answer different prompts\n"
+
+
+def test_samples_of_another_model_do_not_stand_beside_a_run(tmp_path, tiny_model, capsys):
+    """By a few numbers of its weights where there are both, else a line asks."""
+    path = write_samples(tmp_path / "samples-other.jsonl")
+    meta = {"rows": 3, "model": str(tiny_model), "adapter": None, "template": "alpaca", "decoding": {"temperature": 1.3}}
+    (tmp_path / "samples-other.meta.json").write_text(json.dumps(meta))
+    rows = [{"instruction": name, "output": name} for name in "abc"]
+
+    def run(base_sample: dict) -> SimpleNamespace:
+        found = {"meta": {"template": "alpaca", "decoding": {"temperature": 0.7}}, "record": {"model": "a", "base_sample": base_sample}}
+        return SimpleNamespace(name="li", checkpoints=[SimpleNamespace(rows=rows, **found)])
+
+    own = weight_sample(str(tiny_model))
+    check_start(Samples(path), [run(own)])
+    assert capsys.readouterr().out == f"warning: {path} was made with another decoding than the rollouts of li\n"
+    with pytest.raises(
+        InputError, match=f"samples of {tiny_model}, and li started from a, expected those of the model that the runs start"
+    ):
+        check_start(Samples(path), [run({name: [value + 1 for value in numbers] for name, numbers in own.items()})])
+    check_start(Samples(path), [run({})])
+    assert f"{path} is of {tiny_model}, and li started from a: are they the same model?" in capsys.readouterr().out
 
 
 def test_the_best_are_rows_for_fine_tuning(sampled, tiny_model, tmp_path, monkeypatch, capsys):
@@ -387,13 +411,22 @@ def test_the_run_that_samples_are_chosen_by():
         run_to_choose_by([li, run("full", "a/encoder", True, 48)])
 
 
-def test_a_function_that_gives_no_score_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_function_that_gives_no_score_is_one_line(tmp_path, tiny_gold, monkeypatch, capsys):
     path = write_samples(tmp_path / "samples.jsonl")
     (tmp_path / "samples.meta.json").write_text(json.dumps({"rows": 3, "data_path": str(path)}), encoding="utf-8")
     (tmp_path / "f.py").write_text("def f(prompts, completions, **columns):\n    return [1.0, None] + [2.0] * (len(prompts) - 2)\n")
-    words = ["eval_monotonicity.py", "--gold_model=nobody/gold", "--best_of_n", path, f"--reward_function={tmp_path}/f.py:f"]
+    words = ["eval_monotonicity.py", f"--gold_model={tiny_gold}", "--best_of_n", path, f"--reward_function={tmp_path}/f.py:f"]
     assert run_inside(monkeypatch, *words) == 2
     assert "samples.jsonl: row 2 has no score, expected one of every row to compare" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_gold_that_cannot_be_loaded_is_told_before_anything_is_scored(tmp_path, tiny_gold, monkeypatch, capsys):
+    path = write_samples(tmp_path / "samples.jsonl")
+    monkeypatch.setattr("parts.gold_models.load_gold_reward_model", None)
+    monkeypatch.setattr("parts.scores.Proxies.__call__", None)
+    words = ["eval_monotonicity.py", *LI_RP, "--gold_model", tiny_gold, "nobody/gold", "--best_of_n", path]
+    assert run_inside(monkeypatch, *words) == 2
+    assert "error: nobody/gold: cannot be loaded as a reward model's tokenizer" in capsys.readouterr().err.splitlines()[-1]
 
 
 def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: str = "same") -> Path:
@@ -429,8 +462,8 @@ def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: s
         (lambda text: text.replace("output", "text"), [], "samples.jsonl: row 1: no field 'responses' of {output}"),
     ],
 )  # fmt: skip
-def test_samples_that_cannot_be_judged(change, words, message, tmp_path, monkeypatch, capsys):
-    """One line, and no model: the gold is a name that cannot be loaded."""
+def test_samples_that_cannot_be_judged(change, words, message, tmp_path, tiny_gold, monkeypatch, capsys):
+    """One line, and no model: none can be loaded."""
     path = write_samples(tmp_path / "samples.jsonl")
     write_samples(tmp_path / "other.jsonl", "axc")
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a"}, {"instruction": "c"}]), encoding="utf-8")
@@ -442,7 +475,7 @@ def test_samples_that_cannot_be_judged(change, words, message, tmp_path, monkeyp
     monkeypatch.setattr("parts.gold_models.load_gold_reward_model", None)
     monkeypatch.setattr("parts.relevance.RelevanceModel", None)
     words = [str(word).format(folder=tmp_path) for word in words]
-    gold = [] if "--gold_scores=x.csv" in words else ["--gold_model=nobody/gold"]
+    gold = [] if "--gold_scores=x.csv" in words else [f"--gold_model={tiny_gold}"]
     assert run_inside(monkeypatch, "eval_monotonicity.py", *LI_RP, *gold, "--best_of_n", path, *words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message.replace("{folder}", str(tmp_path)) in error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -66,7 +69,7 @@ def test_rows_leave_when_half_of_them_have_ended(policy, fixed_passes):
 
 def test_a_graph_is_captured_once_for_each_room(policy, fixed_passes, monkeypatch):
     captured = []
-    monkeypatch.setattr(cuda_graphs, "capture", lambda step: captured.append(step) or step)
+    monkeypatch.setattr(cuda_graphs, "capture", lambda step, device: captured.append(step) or step)
     sample(policy, [[5, 6, 7, 8]] * 2, Decoding(15), row_draws(0, range(2), 15), ends=())
     assert len(captured) == 4  # of 14 passes four have room each time, and the first of them is none
 
@@ -86,7 +89,7 @@ def test_a_pass_that_cannot_be_captured_is_read_kernel_by_kernel(policy, fixed_p
     prompts, draws = [[5, 6, 7], [8, 9]], row_draws(3, range(2), 12)
     expected = sample(policy, prompts, Decoding(12), draws, ends=())
 
-    def fail(step):
+    def fail(step, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(cuda_graphs, "capture", fail)
@@ -111,7 +114,7 @@ def test_a_model_that_asks_for_what_a_graph_would_repeat_is_read_kernel_by_kerne
 
 
 def test_memory_that_runs_out_is_an_error(policy, fixed_passes, monkeypatch, told):
-    def fail(step):
+    def fail(step, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cuda_graphs, "capture", fail)
@@ -125,6 +128,27 @@ def test_the_check_meets_fixed_passes(policy, fixed_passes):
     seen = passes_read(policy)
     check_sampling(policy)
     assert sum(fixed for *_, fixed in seen) >= 4
+
+
+def test_nothing_of_a_batch_outlives_its_responses(policy, fixed_passes, monkeypatch):
+    """Its keys and values would stay on the GPU beside the training that follows, until Python looks for circles."""
+    alive: list[weakref.ref] = []
+
+    def note(batch, *given):
+        alive.append(weakref.ref(batch))
+        own(batch, *given)
+
+    own = Batch.__init__
+    monkeypatch.setattr(Batch, "__init__", note)
+    monkeypatch.setattr(
+        cuda_graphs, "capture", lambda step, device: (lambda found: lambda: found)(step())
+    )  # as a graph, which keeps no step
+    gc.disable()
+    try:
+        sample(policy, [[5, 6, 7]] * 3, Decoding(12), row_draws(3, range(3), 12), ends=())
+        assert alive and not any(batch() for batch in alive)
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_fixed_on_a_cpu(policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import not_captured
 from pretend_gpu import GPU, OnGPU, pretend_gpu
 from test_families import BATCH, FAMILIES, TOKENIZER, VOCABULARY, build, policy
 from test_gold import starling  # noqa: F401, a fixture
@@ -18,7 +19,8 @@ PROMPTS = [[20 + number] * (1 + 2 * number % 7) for number in range(9)]
 
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "capture", lambda step: step)  # passes of fixed shapes, kernel by kernel
+    monkeypatch.setattr(cuda_graphs, "capture", not_captured)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 def test_what_is_mixed_is_an_error():
@@ -27,7 +29,11 @@ def test_what_is_mixed_is_an_error():
         assert isinstance(table, OnGPU) and table.device == GPU and table[here].tolist() == here.tolist()
         assert (table * 2 + torch.tensor(1)).tolist() == [1, 3, 5, 7, 9, 11] and table.new_zeros(2).device == GPU
         assert not isinstance(table.cpu(), OnGPU) and torch.equal(table.cpu(), here.float())
-        for mixed in (lambda: table + here, lambda: here[table.long()], lambda: torch.cat([table, here.float()])):
+
+        def put() -> None:
+            table.long()[table.long()] = here
+
+        for mixed in (lambda: table + here, lambda: here[table.long()], lambda: torch.cat([table, here.float()]), put):
             with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
                 mixed()
         with pytest.raises(TypeError, match="numpy"):

@@ -109,7 +109,8 @@ def test_passes_of_fixed_shapes_sample_the_same(built, family, fixed_passes):
     handle = built(family).register_forward_pre_hook(lambda *given: seen.append(given[2].get("attention_mask")), with_kwargs=True)
     test_greedy_samples_are_those_of_generate_alone(built, family)
     handle.remove()
-    assert any(mask is not None and mask.ndim == 4 and mask.shape[2] == 1 for mask in seen) == (family in GRAPHED)
+    fixed = sum(mask is not None and mask.ndim == 4 and mask.shape[2] == 1 for mask in seen)
+    assert fixed > 10 if family in GRAPHED else fixed <= 1  # a pass may show that there shall be no other
 
 
 @pytest.mark.parametrize("family", FAMILIES)

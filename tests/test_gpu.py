@@ -80,8 +80,8 @@ def captured(monkeypatch):
     """The graphs that are captured, and what is said."""
     found, lines, own = [], [], cuda_graphs.capture
 
-    def capture(step):
-        graph = own(step)
+    def capture(step, device):
+        graph = own(step, device)
         found.append(graph)
         return graph
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROWS, run_script
 
 from eval_monotonicity import (
+    OF_THE_REWARD,
     MonotonicitySettings,
     choose_checkpoints,
     design_name,
@@ -19,15 +20,13 @@ from eval_monotonicity import (
     read_run,
     scored_run,
     short_names,
-    warn_of_changed_code,
-    warn_of_other_draws,
-    warn_of_other_training,
 )
 from parts.chat_templates import load_template
 from parts.designs import all_designs
 from parts.errors import InputError
 from parts.files import read_json, write_json
 from parts.rank_statistics import ScoredRun, curve, gains, table_text
+from parts.run_checks import warn_of_changed_code, warn_of_other_draws, warn_of_other_training
 from parts.runs import Checkpoint, read_kl
 from parts.scores import ScoreStore, gold_columns, proxy_columns, read_gold_scores, score_rows
 from reward_model import ProxySettings, ReversedEngineeredRewardForInference, RewardSettings, proxy_of_run
@@ -53,6 +52,11 @@ def test_checkpoints_are_found_by_number(tmp_path, capsys):
     assert [point.step for point in choose_checkpoints(settings, "run")] == [0, 500, 1000, 1500, 10000]
     settings.steps = [1500, 0, 500]
     assert [point.step for point in choose_checkpoints(settings, "run")] == [0, 500, 1500]
+    settings.include_start = False
+    settings.steps = [1500, 500, 1000]
+    assert [point.step for point in choose_checkpoints(settings, "run")] == [500, 1000, 1500]
+    settings.include_start = True
+    assert [point.step for point in choose_checkpoints(settings, "run")] == [0, 500, 1000, 1500]
     settings.steps = [500, 1000, 2000]
     with pytest.raises(InputError, match="run_step_2000: no rollouts, expected them from evaluation.py"):
         choose_checkpoints(settings, "run")
@@ -102,7 +106,7 @@ def test_changed_reward_code_is_said(tmp_path, capsys):
     proxy = proxy_of_run({}, 4)
     for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
         (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
-        warn_of_changed_code(point, proxy)
+        warn_of_changed_code(point, proxy.reward_source())
         assert ("reward_model.py has changed since run_step_1 was trained" in capsys.readouterr().out) is warned
 
 
@@ -458,8 +462,61 @@ def test_other_seeds_that_were_trained_otherwise_are_named(tmp_path, capsys):
         settings = make_run(tmp_path, [1, 2, 4], name=name)
         record(tmp_path, [1, 2, 4], name, **{"learning_rate": 1e-5, **more})
     runs = [read_run(settings, {}, name) for name in ("one", "two", "three")]
-    warn_of_other_training(runs, name_designs(runs))
+    warn_of_other_training(runs, name_designs(runs), OF_THE_REWARD)
     assert capsys.readouterr().out == "warning: three counts as another seed of one, and was trained with another learning_rate\n"
+
+
+def test_designs_that_were_trained_otherwise_are_named(tmp_path, capsys):
+    """By settings besides the reward's, and by the weights, the rows and the processes that records know."""
+    more = {"base_sample": {"w": [1.0]}, "data": {"dataset_path": "x"}, "processes": 1}
+    for name, reward, settings, record_of in (
+        ("li", False, {"learning_rate": 1e-5, "model_name": "a", "dataset_path": "a.json"}, more),
+        ("rp", True, {"learning_rate": 1e-5, "model_name": "copy/of/a", "dataset_path": "b.json"}, more),
+        ("other", True, {"learning_rate": 1e-3, "model_name": "a", "dataset_path": "a.json"},
+         {"base_sample": {"w": [2.0]}, "data": {"dataset_path": "y"}, "processes": 2}),
+    ):  # fmt: skip
+        found = make_run(tmp_path, [1, 2, 4], name=name)
+        record(tmp_path, [1, 2, 4], name, **{**settings, "repetition_penalty": reward})
+        for step in (1, 2, 4):
+            path = tmp_path / f"{name}_step_{step}" / "training_record.json"
+            path.write_text(json.dumps({**read_json(path), **record_of}), encoding="utf-8")
+    runs = [read_run(found, {}, name) for name in ("li", "rp", "other")]
+    capsys.readouterr()
+    warn_of_other_training(runs[:2], name_designs(runs[:2]), OF_THE_REWARD)
+    assert capsys.readouterr().out == ""
+    warn_of_other_training([runs[0], runs[2]], ["LI", "LI * RP"], OF_THE_REWARD)
+    assert capsys.readouterr().out == (
+        "warning: other is compared with li, and was trained with another dataset_path, learning_rate, model_name, number of processes\n"
+    )
+
+
+def test_checkpoints_of_two_trainings_are_not_one_run(tmp_path, capsys):
+    settings = make_run(tmp_path, [1, 2, 4, 8])
+    record(tmp_path, [1, 2, 4, 8], "run", learning_rate=1e-5)
+    for step in (1, 2):
+        path = tmp_path / f"run_step_{step}" / "training_record.json"
+        kept = read_json(path)
+        path.write_text(
+            json.dumps({"settings": {**kept["settings"], "learning_rate": 1e-4, "repetition_penalty": step == 1}}), encoding="utf-8"
+        )
+    run = read_run(settings, {}, "run")
+    assert capsys.readouterr().out == (
+        "warning: run_step_1 was trained with another learning_rate, repetition_penalty than run_step_8\n"
+        "warning: run_step_2 was trained with another learning_rate than run_step_8\n"
+    )
+    assert not run.own  # gold beside a proxy that it was not trained on in part
+    assert replace(run, one_training=True).own
+
+
+def test_two_folders_of_one_step_are_an_error(tmp_path):
+    settings = make_run(tmp_path, [1, 2, 4])
+    (tmp_path / "run_step_04").mkdir()
+    with pytest.raises(
+        InputError, match="run_step_4 and run_step_04 are both step 4 of run|run_step_04 and run_step_4 are both step 4 of run"
+    ):
+        choose_checkpoints(settings, "run")
+    done = run_script("eval_monotonicity.py", f"--output_dir={tmp_path}", "--model_prefix", "run/")
+    assert done.returncode == 2 and "--model_prefix: run/, expected the beginning of folders' names in --output_dir" in done.stderr
 
 
 def test_the_template_of_rollouts_without_a_record_is_that_which_made_them(tmp_path):

@@ -12,6 +12,7 @@ from parts.rank_statistics import (
     ScoredRun,
     agreement,
     bootstrap_interval,
+    chance_fall,
     compare,
     curve_band,
     kendall,
@@ -84,6 +85,18 @@ def test_where_gold_turns(proxy, gold, step):
     assert turning_point([10, 20, 30, 40], proxy, gold) == step  # means alone
     assert turning_point([10, 20, 30, 40], proxy + noise, gold + 0.01 * noise) == step
     assert turning_point([10, 20, 30, 40], proxy + noise, gold * 1e-3 + noise) is None  # within what prompts scatter
+
+
+def test_a_gold_that_does_not_move_rarely_peaks():
+    """One in twenty curves, for any number of checkpoints; 1.96 standard errors of a chosen peak would be two in five of ten."""
+    rng, found = np.random.default_rng(5), {3: 0, 10: 0}
+    for count in found:
+        for _ in range(100):
+            gold, proxy = rng.normal(size=(count, 40)), np.linspace(0, 1, count)[:, None] + np.zeros((1, 40))
+            found[count] += turning_point(list(range(count)), proxy, gold) is not None
+    assert all(number <= 10 for number in found.values()), found
+    limits = [chance_fall(rng.normal(size=(count, 400))) for count in (2, 10)]
+    assert 1.5 < limits[0] < 2.1 < limits[1] < 3.6  # two checkpoints: 1.96 of half the orders
 
 
 def run_of(name, design, gold, instructions=("a", "b", "c"), kl=(0.0, 1.0, 2.5)):

@@ -56,21 +56,23 @@ def test_a_peak_is_given_only_where_gold_was_measured_or_near():
 
 
 def test_the_form_has_to_be_better_than_a_line():
-    """n log(RSS / n) + 2 k by hand: d = 1, 2, 3, 4 and gains of 1, 2, 3, 3.
+    """n log(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1) by hand: d = 1, 2, 3, 4 and gains of 1, 1.5, 1.5, 1.1.
 
-    Line: its slope is sum(d y) / sum(d d) = 26 / 30, its RSS 23 - 26 * 26 / 30 = 7 / 15. Parabola: d^2, d^3 and d^4 sum to 30, 100 and
-    354, d y and d^2 y to 26 and 84, so that Cramer's rule gives (26 * 354 - 100 * 84) / 620 and (26 * 100 - 30 * 84) / 620.
+    Line: its slope is sum(d y) / sum(d d) = 12.9 / 30, its RSS 6.71 - 12.9 * 12.9 / 30 = 1.163. Parabola: d^2, d^3 and d^4 sum to 30, 100
+    and 354, d y and d^2 y to 12.9 and 38.1, so that Cramer's rule gives (12.9 * 354 - 100 * 38.1) / 620 and (12.9 * 100 - 30 * 38.1) / 620.
     """
     kl = [1.0, 4.0, 9.0, 16.0]
-    fit = fit_gains("best-of-n", kl, np.array([[1.0], [2.0], [3.0], [3.0]]))
-    alpha, beta = 804 / 620, 80 / 620
-    squares = sum((y - d * (alpha - beta * d)) ** 2 for d, y in zip((1, 2, 3, 4), (1, 2, 3, 3)))
+    fit = fit_gains("best-of-n", kl, np.array([[1.0], [1.5], [1.5], [1.1]]))
+    alpha, beta = 756.6 / 620, 147 / 620
+    squares = sum((y - d * (alpha - beta * d)) ** 2 for d, y in zip((1, 2, 3, 4), (1, 1.5, 1.5, 1.1)))
     assert (fit["alpha"], fit["beta"]) == (pytest.approx(alpha), pytest.approx(beta))
-    assert fit["aic_line"] == pytest.approx(4 * np.log(7 / 15 / 4) + 2) and fit["aic"] == pytest.approx(4 * np.log(squares / 4) + 4)
+    assert fit["aicc_line"] == pytest.approx(4 * np.log(1.163 / 4) + 2 + 2) and fit["aicc"] == pytest.approx(
+        4 * np.log(squares / 4) + 4 + 12
+    )
     assert fit["better"] and fit["alpha_standard_error"] is None and fit["peak_interval"] is None  # means alone
     bent = fit_gains("best-of-n", kl, np.array([[1.0], [2.2], [2.8], [4.0]]))
-    assert not bent["better"] and bent["peak"] is None and bent["aic"] > bent["aic_line"]
-    assert "no better than a straight line by AIC" in describe_fit(bent)
+    assert not bent["better"] and bent["peak"] is None and bent["aicc"] > bent["aicc_line"]
+    assert "no better than a straight line by AICc" in describe_fit(bent)
     for form in ("best-of-n", "RL"):  # an exact line needs no second parameter, whatever rounding leaves
         assert not fit_gains(form, D**2, D[:, None] * np.array([0.1, 0.7]))["better"]
 
