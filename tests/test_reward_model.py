@@ -471,6 +471,8 @@ def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
         ({"reward_model_name": ["owner/rm", "owner/rm"]}, "--reward_model_name names owner/rm twice"),
         ({"reward_model_name": ["./a", "a"]}, "--reward_model_name names ./a twice"),
         ({"reward_model_name": ["owner/rm"], "reward_ensemble": "wco"}, "--reward_ensemble is wco, expected at least two"),
+        ({"reward_model_name": ["a", "b"], "uwo_coefficient": 0.5}, "--uwo_coefficient is 0.5 and --reward_ensemble is mean, expected uwo"),
+        ({"reward_offload": True}, "--reward_offload=true is for reward models, expected --reward_model_name with it"),
         ({"reward_model_name": ["a", "b"], "uwo_coefficient": -0.1}, "--uwo_coefficient is -0.1, expected at least 0"),
         ({"reward_model_name": ["a", "b"], "reward_ensemble": "worst"}, "--reward_ensemble is 'worst', expected mean or wco or uwo"),
         ({"length_incentive": False}, "every part of the proxy reward is off"),
@@ -601,3 +603,15 @@ def test_an_encoder_that_cannot_be_loaded_is_told_at_the_start(tmp_path):
     with pytest.raises(InputError, match="cannot be loaded as a relevance model"):
         ReversedEngineeredRewardForInference("alpaca", **settings)
     assert ReversedEngineeredRewardForInference("alpaca", lazy=True, **settings).relevance_model is not None
+
+
+def test_a_mean_over_some_rows_says_so(tmp_path):
+    """A function may leave rows without a reward; the number of those with one stands beside their mean."""
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, completions, **columns):\n    return [None, 3.0, None, 5.0][: len(prompts)]\n", encoding="utf-8"
+    )
+    rows = [{"instruction": f"row {number}", "output": "text"} for number in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    done = run_script("reward_model.py", tmp_path / "rows.json", f"--reward_function={tmp_path}/f.py:f", "--json=true")
+    assert json.loads(done.stdout) == {f"{tmp_path}/rows.json": {"rows": 4, "scored_rows": 2, "total": 4.0}}, done.stderr
+    assert f"{tmp_path}/rows.json: 2 of 4 rows have a reward, whose mean is over these" in done.stderr
