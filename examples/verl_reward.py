@@ -48,8 +48,8 @@ def compute_score(
     max_sequence_length: int = 512,
     **unused: object,
 ) -> dict[str, float]:
-    """{"score": the reward, and each component by name}. verl wants the same keys of every row: an unused relevance is 0."""
+    """{"score": the reward, and each component by name}. verl wants the same keys of every row, so both relevances are computed."""
     row = {"query": extra_info["query"], "response": solution_str, "qtype": extra_info["qtype"], "reference": ground_truth}
-    table = _reward(relevance_model_name, max_sequence_length).score({name: [value] for name, value in row.items()})
-    numbers = {name: column[0] or 0.0 for name, column in table.items() if name not in ("branch", "total")}
+    table = _reward(relevance_model_name, max_sequence_length).score({name: [value] for name, value in row.items()}, every_feature=True)
+    numbers = {name: column[0] for name, column in table.items() if name not in ("branch", "total")}
     return {"score": table["total"][0], **numbers}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cuda",)  # whose passes are captured
 ROOM = 256  # tokens that are read before the keys and values move to a larger place: another capture takes as long as 15 tokens
+FEW_ROWS = 16  # that stay together until the last has ended
 ALIGNED = 64  # tokens that a place is a multiple of: attention's kernels copy other masks
 
 _not_graphed: WeakSet[nn.Module] = WeakSet()  # models that showed that they cannot be

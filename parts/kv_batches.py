@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from parts import cuda_graphs
 from parts.batching import PASS, batches_by_length, pad, shared_start
 from parts.cpu_speed import most_tokens
 from parts.cuda_graphs import FixedPass, can_be_graphed, leave_out
@@ -186,8 +187,11 @@ class Batch:
 
     @property
     def worth_leaving(self) -> float:
-        """What share of the rows must have ended for the others to move together: each time a graph is captured again."""
-        return 1 / 8 if self._fixed is None else 1 / 2
+        """What share of the rows must have ended for the others to move together: each time a graph is captured again.
+
+        That takes as long as some tokens, and few rows less make none of them faster: a token reads all weights.
+        """
+        return 1 / 8 if self._fixed is None else 1 / 2 if len(self.mask) > cuda_graphs.FEW_ROWS else 1
 
     def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         mask = None if self.recurrent else self.mask

@@ -91,7 +91,7 @@ def fixed_passes(monkeypatch):
     """Tokens are read on a CPU as on a GPU, in passes of fixed shapes, each of them kernel by kernel."""
     from parts import cuda_graphs
 
-    for name, value in {"DEVICES": ("cpu",), "ROOM": 4, "ALIGNED": 4, "capture": not_captured}.items():
+    for name, value in {"DEVICES": ("cpu",), "ROOM": 4, "FEW_ROWS": 2, "ALIGNED": 4, "capture": not_captured}.items():
         monkeypatch.setattr(cuda_graphs, name, value)
 
 

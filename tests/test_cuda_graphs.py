@@ -64,7 +64,20 @@ def test_rows_leave_when_half_of_them_have_ended(policy, fixed_passes):
     lengths = [next((place + 1 for place, token in enumerate(response) if token in ends), 24) for response in alone]
     assert found == [response[:length] for response, length in zip(alone, lengths)] and len(set(lengths)) > 4
     sizes = [rows for rows, tokens, _ in seen if tokens == 1]
-    assert len(set(sizes)) > 2 and all(later <= earlier / 2 for earlier, later in zip(sizes, sizes[1:]) if later != earlier)
+    assert (
+        len(set(sizes)) > 2
+        and min(sizes) <= 2
+        and all(later <= earlier / 2 for earlier, later in zip(sizes, sizes[1:]) if later != earlier)
+    )
+
+
+def test_few_rows_stay_together(policy, fixed_passes, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "FEW_ROWS", 16)
+    prompts, draws = [[5, 6, number] for number in range(20, 36)], row_draws(7, range(16), 24)
+    plain = sample(policy, prompts, Decoding(24), draws, ends=())
+    ends, seen = {response[4 + row % 9] for row, response in enumerate(plain)}, passes_read(policy)
+    assert len(set(map(len, sample(policy, prompts, Decoding(24), draws, ends)))) > 2
+    assert {rows for rows, tokens, _ in seen if tokens == 1} == {16}
 
 
 def test_a_graph_is_captured_once_for_each_room(policy, fixed_passes, monkeypatch):

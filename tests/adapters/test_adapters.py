@@ -116,6 +116,7 @@ def test_verl_calls_compute_score_as_we_declare_it(expected):
         )
         assert answer["score"] == pytest.approx(expected["total"][row], rel=1e-5)
         assert set(answer) == {"score", "length", "repetition", "query_relevance", "reference_relevance"}
+        assert answer["query_relevance"] and answer["reference_relevance"]  # of every row, whatever its branch reads
         assert all(type(value) is float for value in answer.values())
 
 
