@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from parts import cuda_graphs
 from parts.batching import PASS, batches_by_length, pad, shared_start
 from parts.cpu_speed import most_tokens
-from parts.cuda_graphs import FixedPass, can_be_graphed, leave_out
+from parts.cuda_graphs import FixedPass
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -208,7 +208,7 @@ class Batch:
                     raise
                 self._loosen()
                 self._can_be_fixed = False
-                leave_out(base_of(self.model), error)
+                cuda_graphs.leave_out(base_of(self.model), error)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self._read(tokens[:, None], self.positions)
 
@@ -243,11 +243,8 @@ class Batch:
         """Other prompts, none longer than the longest row, in place of the rows in `slots`; the logits [slots, vocabulary] of what follows."""
         others = Batch(self.model, prompts, self.together)
         width = self.width - others.width
-        self.mask[slots, :width], self.mask[slots, width : self.width], self.positions[slots] = (
-            0,
-            others.mask.to(self.mask),
-            others.positions,
-        )
+        self.mask[slots, :width], self.mask[slots, width : self.width] = 0, others.mask.to(self.mask)
+        self.positions[slots] = others.positions
         for layer, other in zip(self.cache.layers, others.cache.layers):
             layer.put(slots, other, self.width)
         if self._fixed is None:
@@ -272,7 +269,7 @@ def can_be_fixed(model: PreTrainedModel) -> bool:
     base = base_of(model)
     roomy = all(isinstance(layer, _RoomyLayer) for layer in roomy_cache(model).layers)
     told = "position_ids" in inspect.signature(base.forward).parameters
-    return can_be_graphed(base, next(model.parameters()).device) and roomy and told
+    return cuda_graphs.can_be_graphed(base, next(model.parameters()).device) and roomy and told
 
 
 def keeps_states(cache: Cache) -> bool:
