@@ -77,7 +77,7 @@ from parts.scores import (
 )
 from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
-OF_THE_REWARD = {field.name for field in fields(RewardSettings)}
+OF_THE_REWARD = {field.name for field in fields(RewardSettings)} - {"reward_model_batch_size", "reward_offload"}  # of its value
 
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
@@ -538,7 +538,8 @@ def read_proxy(settings: MonotonicitySettings, typed: Mapping, trained: Mapping)
     require_readers({"--best_of_n": proxy}, typed)
     if settings.every_design:
         every = every_switch_on(proxy)
-        proxy = every if settings.all_designs else only_of(every, settings.designs) if settings.designs else proxy
+        some = only_of(every, settings.designs)
+        proxy = every if settings.all_designs else some if settings.designs else proxy
     proxy.check_reward()
     return proxy
 
@@ -549,7 +550,10 @@ def only_of(proxy: RewardSettings, designs: Sequence[str]) -> RewardSettings:
     for name in designs:
         if name not in known:
             raise InputError(f"--designs holds {name!r}, expected some of {'; '.join(known)}")
-    return replace(proxy, **{switch: any(known[name][switch] for name in designs) for switch in proxy.switched_on.values()})
+    switches = {switch: any(known[name][switch] for name in designs) for switch in proxy.switched_on.values()}
+    if not any(on for switch, on in switches.items() if switch != "reward_branching"):
+        switches["length_incentive"] = True  # "1" is composed of any: a reward has a part that is on
+    return replace(proxy, **switches, length_target=proxy.length_target if switches["length_incentive"] else 0)
 
 
 def main() -> None:

@@ -517,21 +517,27 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
     if found.get("reward_model_name"):
         print("trained against a reward model: judged by the full proxy design")
         found = {"relevance_model_name": found["relevance_model_name"]}
-    without_idle_target(found)
+    without_idle_settings(found)
     try:
         RewardSettings(**{**FULL_DESIGN, **found})
     except InputError as error:
         raise InputError(f"the run's record: {error}") from None
     found |= {"reward_model_batch_size": batch_size}
     found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
-    without_idle_target(found)
+    without_idle_settings(found)
     return RewardSettings(**{**FULL_DESIGN, **found})
 
 
-def without_idle_target(settings: dict) -> None:
-    """A length target counts only where LI is on: runs that were trained without LI may have recorded one."""
+def without_idle_settings(settings: dict) -> None:
+    """A length target counts only where LI is on, and some settings only of reward models: other runs may have recorded them."""
     if not settings.get("length_incentive", True):
         settings["length_target"] = 0
+    for name, idle in (
+        ("reward_offload", not settings.get("reward_model_name")),
+        ("uwo_coefficient", settings.get("reward_ensemble") != "uwo"),
+    ):
+        if idle:
+            settings.pop(name, None)
 
 
 def main() -> None:

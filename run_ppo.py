@@ -176,14 +176,14 @@ class PPOSettings(RewardSettings):
         if self.rollout_engine == "vllm" and self.lora_r > VLLM_RANKS[-1]:
             raise InputError(f"--lora_r is {self.lora_r}, expected {VLLM_RANKS[-1]} at most with --rollout_engine vllm")
         check_pattern(self.lora_target_modules)
-        if self.random_qtypes and "qtype" not in self.dataset_fields:
+        if self.random_qtypes and "qtype" not in super().dataset_fields and not (self.score_norm_by_qtype or self.reward_function):
             raise InputError("--random_qtypes=true, expected a reward that query types matter to, as with --reward_branching=true")
         if quantized and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise InputError("--load_in_8bit and --load_in_4bit under DeepSpeed, expected a launch file without it")
 
     @property
     def dataset_fields(self) -> dict[str, tuple[str, ...] | None]:
-        return super().dataset_fields | ({"qtype": QTYPES} if self.score_norm_by_qtype else {})
+        return super().dataset_fields | ({"qtype": QTYPES} if self.score_norm_by_qtype or self.random_qtypes else {})
 
 
 # ------------------------------------------------------------------------------------------- reward, evaluation, start

@@ -94,8 +94,8 @@ class HFEngine:
         self.batch_size = batch_size
         self.dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         self._place = {"device": device, "cache_dir": cache_dir}
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)  # PEFT loads adapters onto the current GPU
+        if (place := torch.device(device)).type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # PEFT loads adapters onto the current GPU
         self._model: PreTrainedModel | None = None
         self._checked = False  # once for all adapters of LoRA's two matrices
 

@@ -116,7 +116,7 @@ def check_settings(folder: Path, settings, processes: int) -> None:
     changes += [
         f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in asdict(settings).items()
-        if name not in harmless and not _is_same(before.get(name), value, name in paths)
+        if name not in harmless and not is_same_setting(before.get(name), value, name in paths)
     ]
     _refuse_or_say(folder, changes, settings)
 
@@ -140,12 +140,12 @@ def _said(launch: Mapping) -> str:
     return f"{'DeepSpeed' if launch['deepspeed'] else 'no DeepSpeed'} and mixed precision '{launch['mixed_precision']}'"
 
 
-def _is_same(recorded: object, value: object, is_path: bool) -> bool:
+def is_same_setting(recorded: object, value: object, is_path: bool) -> bool:
     """Whether a setting is what it was; a path in any spelling, and a lone text as well as a list of one."""
     if isinstance(value, list):
         recorded = [text for text in [recorded] if text] if isinstance(recorded, str) else recorded
         if isinstance(recorded, list) and len(recorded) == len(value):
-            return all(_is_same(one, other, is_path) for one, other in zip(recorded, value))
+            return all(is_same_setting(one, other, is_path) for one, other in zip(recorded, value))
     return recorded == value or (is_path and is_same_path(recorded, value))
 
 

@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from parts.errors import InputError
-from parts.ppo_checkpoints import HARMLESS
+from parts.ppo_checkpoints import HARMLESS, is_same_setting
 from parts.runs import Checkpoint
 from parts.samples import Samples
 from parts.weight_samples import is_same_sample, weight_sample
 
 # What says how far a run goes and where it is looked at, and not how it is trained.
 COURSE = HARMLESS | {"save_freq", "dev_prompt_path", "dev_prompts"}
+PATHS = {"model_name", "tokenizer_name", "dataset_path", "relevance_model_name", "reward_model_name"}
 
 
 def training_differences(one: Checkpoint, other: Checkpoint, apart: Collection[str] = ()) -> list[str]:
@@ -25,7 +26,7 @@ def training_differences(one: Checkpoint, other: Checkpoint, apart: Collection[s
         return []
     a_schedule = one.trained.get("use_optimizer_setup") or other.trained.get("use_optimizer_setup")
     names = one.trained.keys() & other.trained.keys() - COURSE - set(apart) - (set() if a_schedule else {"overall_steps"})
-    found = {name for name in names if one.trained[name] != other.trained[name]}
+    found = {name for name in names if not is_same_setting(one.trained[name], other.trained[name], name in PATHS)}
     samples = _table(first, "base_sample"), _table(second, "base_sample")
     if all(samples):
         found = found - {"model_name"} | (set() if is_same_sample(*samples) else {"model_name"})
@@ -89,16 +90,13 @@ def warn_of_other_draws(runs: Sequence) -> None:
     """One line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
     first = runs[0]
     for run in runs[1:]:
-        if names := _drawn_otherwise(run.checkpoints[0].meta, first.checkpoints[0].meta):
+        metas = run.checkpoints[0].meta, first.checkpoints[0].meta
+        if names := [name for name in ("decoding", "template", "engine", "dtype") if metas[0].get(name) != metas[1].get(name)]:
             print(f"warning: the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
 
 
-def _drawn_otherwise(meta: dict, other: dict, names: Sequence[str] = ("decoding", "template", "engine", "dtype")) -> list[str]:
-    return [name for name in names if meta.get(name) != other.get(name)]
-
-
 def check_start(samples: Samples, runs: Sequence) -> None:
-    """Whether samples are those of the model that runs start from. Lines say other prompts, other draws, and what cannot be told.
+    """Whether samples are those of the model that runs start from. Lines say other prompts or templates, and what cannot be told.
 
     Raises:
         InputError: samples of a policy that PPO moved, or of another model: their KL is not from the runs' start.
@@ -117,5 +115,5 @@ def check_start(samples: Samples, runs: Sequence) -> None:
                 raise InputError(f"{samples.path}: samples of {model}, and {run.name} started from {record['model']}, {expected}")
         if set(samples.instructions) != {row["instruction"] for row in start.rows}:
             print(f"warning: {samples.path} and the rollouts of {run.name} answer different prompts")
-        if samples.meta and start.meta and (names := _drawn_otherwise(samples.meta, start.meta, ("decoding", "template"))):
-            print(f"warning: {samples.path} was made with another {', '.join(names)} than the rollouts of {run.name}")
+        if samples.meta and start.meta and samples.meta.get("template") != start.meta.get("template"):
+            print(f"warning: {samples.path} was made with another template than the rollouts of {run.name}")

@@ -15,9 +15,10 @@ from conftest import REPOSITORY, ROWS, run_script
 from nltk.tokenize import wordpunct_tokenize
 from test_processes import launcher
 
-from eval_monotonicity import run_to_choose_by
+from eval_monotonicity import only_of, run_to_choose_by
 from parts.best_of_n import best_of_n_weights, divergence, judge_all, rank_all, ranked_by, subset_sizes
 from parts.best_of_n_command import sentences
+from parts.designs import all_designs
 from parts.errors import InputError, run_main
 from parts.files import read_json
 from parts.gold_models import load_gold_reward_model
@@ -29,7 +30,7 @@ from parts.run_checks import check_start
 from parts.samples import Samples, best_rows
 from parts.sampling import Decoding, row_draws, sample
 from parts.weight_samples import weight_sample
-from reward_model import RewardSettings, repetition_penalty
+from reward_model import FULL_DESIGN, RewardSettings, repetition_penalty
 from train_sft import SFTSettings
 
 SAMPLES = 6
@@ -326,17 +327,17 @@ def test_samples_of_a_trained_policy_do_not_stand_beside_its_run(tmp_path, capsy
 def test_samples_of_another_model_do_not_stand_beside_a_run(tmp_path, tiny_model, capsys):
     """By a few numbers of its weights where there are both, else a line asks."""
     path = write_samples(tmp_path / "samples-other.jsonl")
-    meta = {"rows": 3, "model": str(tiny_model), "adapter": None, "template": "alpaca", "decoding": {"temperature": 1.3}}
+    meta = {"rows": 3, "model": str(tiny_model), "adapter": None, "template": "llama-2"}
     (tmp_path / "samples-other.meta.json").write_text(json.dumps(meta))
     rows = [{"instruction": name, "output": name} for name in "abc"]
 
     def run(base_sample: dict) -> SimpleNamespace:
-        found = {"meta": {"template": "alpaca", "decoding": {"temperature": 0.7}}, "record": {"model": "a", "base_sample": base_sample}}
+        found = {"meta": {"template": "alpaca"}, "record": {"model": "a", "base_sample": base_sample}}
         return SimpleNamespace(name="li", checkpoints=[SimpleNamespace(rows=rows, **found)])
 
     own = weight_sample(str(tiny_model))
     check_start(Samples(path), [run(own)])
-    assert capsys.readouterr().out == f"warning: {path} was made with another decoding than the rollouts of li\n"
+    assert capsys.readouterr().out == f"warning: {path} was made with another template than the rollouts of li\n"
     with pytest.raises(
         InputError, match=f"samples of {tiny_model}, and li started from a, expected those of the model that the runs start"
     ):
@@ -427,6 +428,24 @@ def test_a_gold_that_cannot_be_loaded_is_told_before_anything_is_scored(tmp_path
     words = ["eval_monotonicity.py", *LI_RP, "--gold_model", tiny_gold, "nobody/gold", "--best_of_n", path]
     assert run_inside(monkeypatch, *words) == 2
     assert "error: nobody/gold: cannot be loaded as a reward model's tokenizer" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_designs_are_composed_of_what_they_need():
+    """By name among all designs; a length target goes with LI."""
+    full = RewardSettings(**FULL_DESIGN)
+    for names, on in (
+        (["LI"], {"length_incentive"}),
+        (["LI", "LI * RP"], {"length_incentive", "repetition_penalty"}),
+        (["1"], {"length_incentive"}),
+        (["1, branching"], {"length_incentive", "reward_branching"}),
+        (["RP"], {"repetition_penalty"}),
+        (["LI * RP * relevance, branching"], {"length_incentive", "repetition_penalty", "relevance_scaling", "reward_branching"}),
+    ):
+        some = only_of(full, names)
+        assert set(some.switched_on.values()) == on and set(names) <= set(all_designs(some.switched_on))
+    assert only_of(RewardSettings(**FULL_DESIGN, length_target=40), ["RP"]).length_target == 0
+    with pytest.raises(InputError, match="--designs holds 'XX', expected some of LI"):
+        only_of(full, ["XX"])
 
 
 def write_samples(path: Path, instructions: str = "abc", count: int = 3, text: str = "same") -> Path:

@@ -20,7 +20,10 @@ PROMPTS = [[20 + number] * (1 + 2 * number % 7) for number in range(9)]
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "capture", not_captured)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    yield
+    assert all(device.index is not None for device in chosen)  # PyTorch refuses one without
 
 
 def test_what_is_mixed_is_an_error():
@@ -54,12 +57,13 @@ def test_the_engine_of_evaluation_draws(tiny_model):
     from parts.models import load_tokenizer
 
     tokenizer, found = load_tokenizer(str(tiny_model)), {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda", "cuda:0"):
         with pretend_gpu():
             engine = HFEngine(str(tiny_model), tokenizer, device, 4, dtype="float32")
             engine.generate(None, PROMPTS, Decoding(12), 0, range(9), lambda place, tokens: found.setdefault((device, place), tokens))  # noqa: B023
-            assert isinstance(next(engine.model.parameters()), OnGPU) == (device == "cuda")
-    assert [found["cuda", place] for place in range(9)] == [found["cpu", place] for place in range(9)]
+            assert isinstance(next(engine.model.parameters()), OnGPU) == (device != "cpu")
+    for device in ("cuda", "cuda:0"):
+        assert [found[device, place] for place in range(9)] == [found["cpu", place] for place in range(9)]
 
 
 def run_ppo(there: bool) -> tuple[dict, list, list, list]:

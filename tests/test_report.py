@@ -506,7 +506,7 @@ def test_the_fits_in_the_files_and_on_the_console(tmp_path, capsys):
     assert (fit["form"], fit["alpha"], fit["beta"]) == ("RL", pytest.approx(1), pytest.approx(0.75))
     assert fit["peak"] == pytest.approx(np.exp(1 / 0.75 - 1)) and fit["better"] is True
     print_run(replace(runs[2], found={"owner/gold": {"spearman": None}}))
-    assert "alpha 1.000 (SE 0.000), beta 0.750 (SE 0.000), 4 points; better than a straight line by AIC" in capsys.readouterr().out
+    assert "alpha 1.000 (SE 0.000), beta 0.750 (SE 0.000), 4 points; better than a straight line by AICc" in capsys.readouterr().out
     write_together(tmp_path / "seeds", runs[:2], {}, RECORD)
     assert list(read_json(tmp_path / "seeds" / "monotonicity.json")["scaling"]) == ["mean of 2 seeds: LI"]
     write_comparison(tmp_path / "designs", runs, compare(runs), {}, RECORD, [best_of_n()])

@@ -438,6 +438,8 @@ def test_a_target_without_li_is_refused_and_in_a_record_it_is_idle():
         RewardSettings(length_incentive=False, length_target=50, repetition_penalty=True)
     trained = {"length_incentive": False, "length_target": 50, "repetition_penalty": True}
     assert proxy_of_run(trained).length_target == 0
+    # What an older run recorded and its proxy never read.
+    assert proxy_of_run({"reward_offload": True, "uwo_coefficient": 0.5, "repetition_penalty": False}).repetition_penalty is False
     assert proxy_of_run({"length_target": 50}, typed={"length_incentive": False}).length_target == 0
     assert proxy_of_run({"length_target": 50}).length_target == 50
 
