@@ -63,7 +63,6 @@ from parts.rewards import require_scores, reward_batch, reward_name
 from parts.rows import match_rows
 from parts.run_checks import check_start, one_training, warn_of_changed_code, warn_of_other_draws, warn_of_other_training
 from parts.runs import Checkpoint, choose_checkpoints, meta_path, provenance, read_kl, without_records
-from parts.samples import Samples
 from parts.scores import (
     LENGTH,
     Proxies,
@@ -77,10 +76,11 @@ from parts.scores import (
 )
 from reward_model import FEATURES, FULL_DESIGN, ProxySettings, RewardSettings, proxy_of_run
 
-OF_THE_REWARD = {field.name for field in fields(RewardSettings)} - {"reward_model_batch_size", "reward_offload"}  # of its value
-
 if TYPE_CHECKING:
     from parts.gold_models import LazyGold
+
+# The settings that a reward's value depends on.
+OF_THE_REWARD = {field.name for field in fields(RewardSettings)} - {"reward_model_batch_size", "reward_offload"}
 
 
 @dataclass
@@ -307,9 +307,11 @@ def score_proxies(runs: Sequence[Run], proxies: Proxies) -> dict[str, list[dict[
 
 
 def open_golds(settings: MonotonicitySettings, gold_settings: GoldSettings) -> dict[str, LazyGold]:
-    """The golds by their names, none of which has loaded its weights. Raises InputError for one that cannot be."""
+    """The golds by their names, none of which has loaded its weights. Raises InputError for a device or a gold that cannot be used."""
     from parts.gold_models import LazyGold
 
+    gold_settings.check_gold(settings.gold_model)
+    check_device(settings.device)
     try:
         return {name: LazyGold(name, settings.device or None, settings.batch_size, gold_settings) for name in settings.gold_model}
     except InputError as error:
@@ -384,8 +386,6 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
     require_readers({run.name: run.proxy for run in runs}, typed)
-    gold_settings.check_gold(settings.gold_model)
-    check_device(settings.device)
     chooser = run_to_choose_by(runs) if settings.best_of_n else None
     if chooser:
         settings.output_max_length = chooser.output_max_length
@@ -395,9 +395,9 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         switches = {switch: True for run in runs if run.proxy.is_proxy for switch in run.proxy.switched_on.values()}
         return read_proxy(settings, typed, {**chooser.trained, **switches} if chooser.proxy.is_proxy else trained)
 
-    for path in settings.best_of_n:
-        check_start(Samples(Path(path)), runs)
-        read_choice(settings, read, path)
+    choices = [read_choice(settings, read, path) for path in settings.best_of_n]
+    for choice in choices:
+        check_start(choice.samples, runs)
     opened = open_golds(settings, gold_settings)
     output = Path(settings.output_dir)
     folder = output / f"{'+'.join([*settings.model_prefix, *(['best_of_n'] if settings.best_of_n else [])])}_monotonicity"
@@ -415,7 +415,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         models[golds[gold.name]], dtypes[gold.name] = score_gold(gold, runs), gold.dtype
 
     if chooser:
-        found = judge_best_of_n(settings, gold_settings, typed, read, proxies, lambda: opened, judge)
+        found = judge_best_of_n(settings, gold_settings, typed, choices, proxies, opened, judge)
         curves = [curve for curve in found if curve.design in designs]
         if without := set(designs) - {curve.design for curve in curves}:
             print(f"warning: --best_of_n has no curve of {'; '.join(sorted(without))}")
@@ -538,8 +538,7 @@ def read_proxy(settings: MonotonicitySettings, typed: Mapping, trained: Mapping)
     require_readers({"--best_of_n": proxy}, typed)
     if settings.every_design:
         every = every_switch_on(proxy)
-        some = only_of(every, settings.designs)
-        proxy = every if settings.all_designs else some if settings.designs else proxy
+        proxy = only_of(every, settings.designs) if settings.designs else every if settings.all_designs else proxy
     proxy.check_reward()
     return proxy
 
@@ -568,10 +567,9 @@ def main() -> None:
         gold_settings.check_gold([])
         judge_designs(settings, typed)
     elif not settings.model_prefix:
-        read = partial(read_proxy, settings, typed)
-        judge_best_of_n(
-            settings, gold_settings, typed, read, Proxies(settings.device or None), partial(open_golds, settings, gold_settings)
-        )
+        choices = [read_choice(settings, partial(read_proxy, settings, typed), path) for path in settings.best_of_n]
+        opened = open_golds(settings, gold_settings)
+        judge_best_of_n(settings, gold_settings, typed, choices, Proxies(settings.device or None), opened)
     else:
         judge_runs(settings, gold_settings, typed)
 

@@ -532,12 +532,10 @@ def without_idle_settings(settings: dict) -> None:
     """A length target counts only where LI is on, and some settings only of reward models: other runs may have recorded them."""
     if not settings.get("length_incentive", True):
         settings["length_target"] = 0
-    for name, idle in (
-        ("reward_offload", not settings.get("reward_model_name")),
-        ("uwo_coefficient", settings.get("reward_ensemble") != "uwo"),
-    ):
-        if idle:
-            settings.pop(name, None)
+    if not settings.get("reward_model_name"):
+        settings.pop("reward_offload", None)
+    if settings.get("reward_ensemble") != "uwo":
+        settings.pop("uwo_coefficient", None)
 
 
 def main() -> None:

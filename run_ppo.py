@@ -80,7 +80,7 @@ class PPOSettings(RewardSettings):
     dataset_path: str = setting("data/train.json", "training rows {input, output, qtype}", path=True, group=("files", ""))
     dev_prompt_path: str = setting("data/dev.json", "development rows of the same form", path=True)
     dev_prompts: int = setting(0, "evaluate on the first so many development prompts; 0 means all", least=0)
-    random_qtypes: bool = setting(False, "deal the query types of the training rows out anew, by seed: the paper's control of branching")
+    random_qtypes: bool = setting(False, "shuffle the query types of the training rows, by seed: the paper's control of branching")
     output_dir: str = setting("outputs/ppo", "checkpoints go to <output_dir>_step_<k>", written=True)
     logging_dir: str = setting("", "logs; empty means <output_dir>/logs", written=True)
     log_with: str = setting(

@@ -20,7 +20,6 @@ from parts.figures import COLUMN_WIDTH, DESIGN_COLORS, FIGURE_STYLE, LINE_STYLES
 from parts.files import atomic_path, clear_folder, write_json, write_json_lines
 from parts.gold_settings import GoldSettings, short_names
 from parts.locks import hold
-from parts.models import check_device
 from parts.rank_statistics import curve_band, standard_gains, table_text
 from parts.rewards import require_scores, reward_batch
 from parts.rows import match_rows
@@ -39,9 +38,9 @@ def judge_best_of_n(
     settings,
     gold_settings: GoldSettings,
     typed: Mapping,
-    read_proxy: Callable[[Mapping], Any],
+    choices: Sequence[Choice],
     proxies: Proxies,
-    open_golds: Callable[[], dict[str, LazyGold]],
+    opened: dict[str, LazyGold],
     also: Callable[[LazyGold], object] = lambda gold: None,
 ) -> list[BestOfN]:
     """What gold makes of the responses that the proxy chooses among n, for one policy's samples or several.
@@ -50,9 +49,9 @@ def judge_best_of_n(
         settings: those of `eval_monotonicity.py`.
         gold_settings: how gold models are loaded.
         typed: the settings of the proxy that the user gave, for the record.
-        read_proxy: the proxy's settings (`reward_model.RewardSettings`), from the recorded ones of the policy's training.
+        choices: what `read_choice` says of each file of samples.
         proxies: the rewards of this call.
-        open_golds: the golds by name, before any has loaded its weights; each is taken out for its turn.
+        opened: the golds by name, before any has loaded its weights; each is taken out for its turn.
         also: called with each gold after its turn, for what else it is to score.
 
     Returns:
@@ -62,12 +61,8 @@ def judge_best_of_n(
         InputError: samples, golds or a proxy that cannot be used.
     """
     # 1. Everything a user can get wrong, before any model loads.
-    choices = [read_choice(settings, read_proxy, path) for path in settings.best_of_n]
     require_same_prompts([choice.samples for choice in choices])
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
-    gold_settings.check_gold(settings.gold_model)
-    check_device(settings.device)
-    opened = open_golds()
     folders = [Path(settings.output_dir) / f"{choice.samples.name}_best_of_n" for choice in choices]
     hold(*folders)
     for folder in folders:
@@ -115,7 +110,10 @@ class Choice:
 
 
 def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Choice:
-    """Samples with all that their proxy needs. Raises InputError for samples, rows or a proxy that cannot be used."""
+    """Samples with all that their proxy needs. Raises InputError for samples, rows or a proxy that cannot be used.
+
+    `read_proxy` gives the proxy's settings (`reward_model.RewardSettings`) from the recorded ones of the policy's training.
+    """
     samples = Samples(Path(path))
     count, trained = samples.count, samples.policy.trained
     if settings.write_best and int(settings.write_best[0]) > count:

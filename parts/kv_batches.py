@@ -267,9 +267,10 @@ def last_logits(
 def can_be_fixed(model: PreTrainedModel) -> bool:
     """Whether to read tokens in passes of fixed shapes: on a GPU, by a model that keeps all keys and values and is told positions."""
     base = base_of(model)
+    if not cuda_graphs.can_be_graphed(base, next(model.parameters()).device):
+        return False
     roomy = all(isinstance(layer, _RoomyLayer) for layer in roomy_cache(model).layers)
-    told = "position_ids" in inspect.signature(base.forward).parameters
-    return cuda_graphs.can_be_graphed(base, next(model.parameters()).device) and roomy and told
+    return roomy and "position_ids" in inspect.signature(base.forward).parameters
 
 
 def keeps_states(cache: Cache) -> bool:

@@ -77,13 +77,12 @@ def warn_of_other_training(runs: Sequence, designs: Sequence[str], reward: Colle
     """
     first: dict[str, object] = {}
     for run, design in zip(runs, designs):
-        seed = design in first
-        one = first.setdefault(design, run) if seed else runs[0]
+        seed, one = design in first, first.get(design, runs[0])
         first.setdefault(design, run)
         differences = training_differences(run.checkpoints[-1], one.checkpoints[-1], {"seed", *(() if seed else reward)})
         if differences:
-            how = f"counts as another seed of {one.name}, and was" if seed else f"is compared with {one.name}, and was"
-            print(f"warning: {run.name} {how} trained with another {', '.join(differences)}")
+            how = "counts as another seed of" if seed else "is compared with"
+            print(f"warning: {run.name} {how} {one.name}, and was trained with another {', '.join(differences)}")
 
 
 def warn_of_other_draws(runs: Sequence) -> None:

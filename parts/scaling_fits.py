@@ -39,8 +39,8 @@ def fit_gains(form: str, kl: Sequence[float | None], gains: np.ndarray) -> dict:
     Returns:
         "form"; "points", the number of those used; "unknown_kl" and "negative_kl", the numbers of those left out for it. Then "reason", why
         there is no fit, or: "alpha" and "beta", each with its "_standard_error" over prompts (None of means); "aicc" and "aicc_line",
-        n log(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1) with k = 2 coefficients and 1 (the correction for few points as
-        Hurvich and Tsai 1989 have it, who count the variance too: four points would then allow no form with two); "better", whether the form's is lower; "peak", the d where gold is predicted to be
+        n log(RSS / n) + 2 k + 2 k (k + 1) / (n - k - 1) with k = 2 coefficients and 1 (Hurvich and Tsai 1989 count the variance too, with
+        which four points would allow no form with two); "better", whether the form's is lower; "peak", the d where gold is predicted to be
         highest, if the form is better, beta above 0 and d within a factor `NEAR` of what was measured, else None; "peak_interval", its 95%
         percentile interval over resampled prompts, with None for an end at which gold rises without end.
     """
@@ -147,7 +147,10 @@ def _peak_interval(form: str, by_row: np.ndarray, resamples: int = 2000, seed: i
 
 
 def _aicc(means: np.ndarray, terms: np.ndarray) -> float:
-    """n log(RSS / n) + 2 k of least squares, with the correction for few points. What rounding leaves of an exact fit counts as exact, so that of two the simpler is lower."""
+    """n log(RSS / n) + 2 k of least squares, with the correction for few points.
+
+    What rounding leaves of an exact fit counts as exact, so that of two the simpler is lower.
+    """
     count, parameters = terms.shape
     residuals = means - terms @ scipy.linalg.lstsq(terms, means)[0]
     squares = max(float(residuals @ residuals), 1e-24 * float(means @ means))

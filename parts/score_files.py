@@ -81,8 +81,7 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
     scored = {path: sum(value is not None for value in table["total"]) for path, table in tables.items()}
     for path, count in scored.items():
         if count < len(rollouts[path]):
-            said = f"{path}: {count} of {len(rollouts[path])} rows have a reward, whose mean is over these"
-            print(said, file=sys.stderr)
+            print(f"{path}: {count} of {len(rollouts[path])} rows have a reward, whose mean is over these", file=sys.stderr)
     if settings.output:
         record = provenance(
             dtype=getattr(reward, "dtype", "float32"),
@@ -94,13 +93,8 @@ def score_files(settings: ScoreFileSettings, rewards: Any) -> None:
         per_row = {path: list(rows_of(batches[path], table)) for path, table in tables.items()}
         write_json(settings.output, {"rows": per_row, "means": means, "scored_rows": scored, "provenance": record})
     if settings.json:
-        print(
-            json.dumps(
-                {path: {"rows": len(rollouts[path]), "scored_rows": scored[path], **mean} for path, mean in means.items()},
-                indent=1,
-                allow_nan=False,
-            )
-        )
+        shown = {path: {"rows": len(rollouts[path]), "scored_rows": scored[path], **mean} for path, mean in means.items()}
+        print(json.dumps(shown, indent=1, allow_nan=False))
     else:
         print_table({path: len(rows) for path, rows in rollouts.items()}, means)
 
