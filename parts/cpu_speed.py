@@ -224,16 +224,64 @@ def attention_by(model: nn.Module, kind: str) -> Iterator[None]:
             config._attn_implementation = "sdpa"
 
 
+def _is_half_on_cpu(model: nn.Module) -> bool:
+    weight = next(model.parameters())
+    return ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
 @contextmanager
 def short_sequences(model: nn.Module) -> Iterator[None]:
     """While the block runs, attention is plain products in half precision on a CPU.
 
     There the backward pass of PyTorch's fused attention takes a fifth of a PPO step of short sequences.
     """
-    weight = next(model.parameters())
-    plain = ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    with attention_by(model, "eager" if plain else "sdpa"):
+    with attention_by(model, "eager" if _is_half_on_cpu(model) else "sdpa"):
         yield
+
+
+NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
+             "output_hidden_states", "return_dict", "position_embeddings"}  # options of attention that its mask or its caller sees to  # fmt: skip
+
+
+def _attention_to_one(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """transformers' `sdpa_attention_forward`, with plain products where each row asks for one token.
+
+    In half precision the fused kernel takes twice as long for one token, since it brings all keys and values into another layout first.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, asked, size = query.shape
+    strange = dropout or any(value is not None and name not in NO_MATTER for name, value in options.items())
+    mask = attention_mask
+    if asked != 1 or strange or (mask is not None and (mask.dtype != torch.bool or mask.shape[1:3] != (1, 1))):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+    groups = key.shape[1]
+    query = query.reshape(rows * groups, heads // groups, size)
+    # Keys come first: with the few queries of a group on the right the product reads them as fast as memory gives them.
+    scores = torch.bmm(key.flatten(0, 1), query.transpose(1, 2)).transpose(1, 2).contiguous().float()
+    scores *= size**-0.5 if scaling is None else scaling
+    if mask is not None:
+        scores.view(rows, heads, -1).masked_fill_(~mask[:, 0], -torch.inf)
+    return torch.bmm(scores.softmax(dim=-1).to(value.dtype), value.flatten(0, 1)).view(rows, 1, heads, -1), None
+
+
+@contextmanager
+def attention_to_one(model: nn.Module) -> Iterator[None]:
+    """While the block runs, a pass over one new token of each row attends by plain products, in half precision on a CPU.
+
+    The function changes, not its name in the configuration: models ask for that name to choose a mask or a way of their own.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if not _is_half_on_cpu(model):
+        yield
+        return
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_to_one
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 @contextmanager

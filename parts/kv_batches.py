@@ -84,16 +84,15 @@ class _RoomyLayer(DynamicLayer):
         for room, states in zip(self.room, (other.keys, other.values)):
             room[slots, :, end - states.shape[2] : end] = states
 
-    def join(self, others: Sequence[_RoomyLayer], rows: int, width: int) -> None:
-        """Become the rows of `others` one after another, each on the right; what is before them is 0, which no mask lets count."""
+    def join(self, others: Sequence[_RoomyLayer], places: Sequence[torch.Tensor], width: int) -> None:
+        """Become the rows of `others` in these places, each on the right; what is before them is 0, which no mask lets count."""
         states = [(other.keys, other.values) for other in others]
+        rows = sum(map(len, places))
         self.room = tuple(room.new_zeros(rows, room.shape[1], width + SPARE, room.shape[3]) for room in self.room)
         self._show(width)
-        end = 0
-        for keys, values in states:
-            start, end = end, end + len(keys)
-            for room, own in zip(self.room, (keys, values)):
-                room[start:end, :, width - own.shape[2] : width] = own
+        for slots, both in zip(places, states):
+            for room, own in zip(self.room, both):
+                room[slots, :, width - own.shape[2] : width] = own
 
     def trim(self, unused: int) -> None:
         """Forget the first `unused` tokens."""
@@ -126,14 +125,13 @@ class Batch:
         self.cache = roomy_cache(model)
         self.recurrent = keeps_states(self.cache)
         different = list(dict.fromkeys(map(tuple, prompts)))  # the same prompt is read once
-        order = self._read_prompts(different)
-        if len(different) < len(prompts) or order != list(range(len(different))):
-            number = {different[place]: slot for slot, place in enumerate(order)}
+        self._read_prompts(different)
+        if len(different) < len(prompts):
+            number = {prompt: slot for slot, prompt in enumerate(different)}
             self.keep(torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device))
         self._can_be_fixed = can_be_fixed(model)
 
-    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Read prompts, and return the order in which they lie then."""
+    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         start, groups, parts = self._common_start(prompts), [list(range(len(prompts)))], []
         own = [prompt[start:] for prompt in prompts]
         most = most_tokens(math.inf, self.device)
@@ -153,17 +151,17 @@ class Batch:
             self._read(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:])
             parts.append((self.mask, self.cache, self.logits, self.positions))
         if len(groups) > 1:
-            self._join(parts)
-        return [place for group in groups for place in group]
+            self._join(groups, parts)
 
-    def _join(self, parts: Sequence[tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]]) -> None:
-        """Masks, caches, logits and positions of several batches as those of one, whose rows end together."""
+    def _join(self, groups: Sequence[Sequence[int]], parts: Sequence[tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]]) -> None:
+        """Masks, caches, logits and positions of several batches as those of one, whose rows end together; `groups` are their places."""
         masks, caches, logits, positions = zip(*parts)
-        width, rows = max(mask.shape[1] for mask in masks), sum(map(len, masks))
-        self.mask = torch.cat([nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
-        self.logits, self.positions, self.cache = torch.cat(logits), torch.cat(positions), caches[-1]
+        places = [torch.tensor(group, device=self.device) for group in groups]
+        order, width = torch.cat(places).argsort(), max(mask.shape[1] for mask in masks)
+        self.mask = torch.cat([nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])[order]
+        self.logits, self.positions, self.cache = torch.cat(logits)[order], torch.cat(positions)[order], caches[-1]
         for layer, *others in zip(self.cache.layers, *(cache.layers for cache in caches)):
-            layer.join(others, rows, width)
+            layer.join(others, places, width)
 
     def _common_start(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many tokens all prompts begin with, where reading them once saves more than another pass costs.

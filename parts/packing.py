@@ -27,8 +27,6 @@ ATTENTION = "within_rows"  # the name of `_attention` among transformers' kinds 
 MOST_TOKENS = 512  # in a row: attention keeps a table of [heads, own tokens, tokens] for the backward pass
 # What configurations call the most tokens that a token sees.
 _LIMITS = ("sliding_window", "attention_window_size", "window_size", "attention_chunk_size")
-_NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
-              "output_hidden_states", "return_dict", "position_embeddings"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _seen(table: torch.Tensor, start: int, end: int, before: int) -> torch.Tenso
 
 def _attention(packed: Packed, masks: list[torch.Tensor], module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """transformers' attention interface. Raises ValueError for what is more than causal attention."""
-    strange = [name for name, value in options.items() if value is not None and name not in _NO_MATTER]
+    strange = [name for name, value in options.items() if value is not None and name not in cpu_speed.NO_MATTER]
     if strange or dropout or attention_mask is not None or not getattr(module, "is_causal", True) or len(query) != 1:
         raise ValueError(f"attention with {', '.join(strange) or 'a mask, dropout or several rows'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -65,7 +65,7 @@ class FastPPOTrainer(PPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         checkpoint_in_eval_mode(policy)
         check_log_probabilities(policy.eval(), forward)
-        check_sampling(policy.pretrained_model)
+        check_sampling(policy.pretrained_model, together=False)
         self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
         forwards = [forward]
         if self.ref_model is not None:

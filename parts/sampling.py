@@ -12,7 +12,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from parts.adapters import is_plain
-from parts.cpu_speed import one_token_at_a_time
+from parts.cpu_speed import attention_to_one, one_token_at_a_time
 from parts.errors import InputError
 from parts.kv_batches import Batch, base_of, can_be_fixed, keeps_states, roomy_cache
 
@@ -167,7 +167,8 @@ def sample(
         at_a_time: most rows in a batch; 0 means all of them.
         rows: the prompts' numbers in messages, from 0.
         finished: called with each prompt's place and response as soon as it is over.
-        together: as `Batch` reads prompts; in half precision the other way rounds otherwise, and so draws others.
+        together: as `Batch` reads prompts, and on a CPU attention by plain products; in half precision the other way rounds otherwise,
+            and so draws others.
 
     Returns:
         Token ids of each response, up to and with the first of `ends`.
@@ -212,37 +213,41 @@ def sample(
             left.append(place)
         return tokens, left
 
-    while waiting:
-        places = enter(at_a_time or len(waiting))
-        batch, at = Batch(model, [prompts[place] for place in places], together), first[places]
-        tokens, places = choose(places, batch.logits, at)
-        while any(place >= 0 for place in places):
-            ended = [slot for slot, place in enumerate(places) if place < 0]
-            if waiting and batch.can_refill and len(ended) * 8 >= len(places):  # a few at a time: one prompt costs as much to read
-                entering = enter(len(ended))
-                slots, others = torch.tensor(ended[: len(entering)], device=device), first[entering]
-                tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
-                at[slots] = others
-                for slot, place in zip(ended, entered):
-                    places[slot] = place
-            elif len(ended) >= len(places) * batch.worth_leaving:
-                stay = torch.tensor([slot for slot, place in enumerate(places) if place >= 0], device=device)
-                batch.keep(stay)
-                tokens, at, places = tokens[stay], at[stay], [place for place in places if place >= 0]
-            else:
-                if ended:
-                    slots = torch.tensor(ended, device=device)
-                    batch.forget(slots)
-                    at[slots] = 0
-                batch.read(tokens)
-                tokens, places = choose(places, batch.logits, at)
-        del batch  # before the next one's keys and values
+    with attention_to_one(model) if together else nullcontext():
+        while waiting:
+            places = enter(at_a_time or len(waiting))
+            batch, at = Batch(model, [prompts[place] for place in places], together), first[places]
+            tokens, places = choose(places, batch.logits, at)
+            while any(place >= 0 for place in places):
+                ended = [slot for slot, place in enumerate(places) if place < 0]
+                if waiting and batch.can_refill and len(ended) * 8 >= len(places):  # a few at a time: one prompt costs as much to read
+                    entering = enter(len(ended))
+                    slots, others = torch.tensor(ended[: len(entering)], device=device), first[entering]
+                    tokens[slots], entered = choose(entering, batch.refill(slots, [prompts[place] for place in entering]), others)
+                    at[slots] = others
+                    for slot, place in zip(ended, entered):
+                        places[slot] = place
+                elif len(ended) >= len(places) * batch.worth_leaving:
+                    stay = torch.tensor([slot for slot, place in enumerate(places) if place >= 0], device=device)
+                    batch.keep(stay)
+                    tokens, at, places = tokens[stay], at[stay], [place for place in places if place >= 0]
+                else:
+                    if ended:
+                        slots = torch.tensor(ended, device=device)
+                        batch.forget(slots)
+                        at[slots] = 0
+                    batch.read(tokens)
+                    tokens, places = choose(places, batch.logits, at)
+            del batch  # before the next one's keys and values
     return responses
 
 
 @torch.no_grad()
-def check_sampling(model: PreTrainedModel) -> None:
+def check_sampling(model: PreTrainedModel, together: bool = True) -> None:
     """Compare what `sample` computes, with padding, cache and rows that leave and enter, with the model's own pass over each row alone.
+
+    Args:
+        together: as `sample` will be called.
 
     Raises:
         InputError: the distributions of the next token differ by more than rounding, or the model cannot be sampled this way.
@@ -271,7 +276,7 @@ def check_sampling(model: PreTrainedModel) -> None:
             ids = torch.tensor([prompt + answer[:-1]], device=device)
             alone |= dict(zip(places[row].tolist(), model(input_ids=ids, use_cache=False).logits[0, -steps:].float().softmax(dim=-1)))
         with ready_to_sample(model, len(prompts)):
-            sample(model, prompts, Forced(steps), places, {forced[1][0]}, at_a_time=3)
+            sample(model, prompts, Forced(steps), places, {forced[1][0]}, at_a_time=3, together=together)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise InputError(f"{name}: cannot be sampled with a cache ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     difference = max((alone[place] - found).abs().sum().item() / 2 for place, found in seen)

@@ -89,6 +89,25 @@ def test_attention_of_short_sequences_is_the_same(tiny_model):
     torch.testing.assert_close(plain.float(), exact, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.parametrize(("heads", "groups", "size", "value_size"), [(6, 2, 8, 8), (4, 4, 8, 6), (3, 1, 16, 16)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_to_one_token_is_the_formula(heads, groups, size, value_size, masked):
+    """softmax(q k / sqrt(size)) v, row by row and head by head; keys and values are slices of some room, as the cache's are."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 1, size, generator=draw)
+    key, value = (torch.randn(3, groups, 9, width, generator=draw)[:, :, :7] for width in (size, value_size))
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    mask[0, ..., :3], mask[1, ..., :6] = False, False
+    found, _ = cpu_speed._attention_to_one(None, query, key, value, mask if masked else None)
+    assert found.shape == (3, 1, heads, value_size)
+    for row in range(3):
+        seen = mask[row, 0, 0] if masked else slice(None)
+        for head in range(heads):
+            group = head // (heads // groups)
+            weights = (key[row, group][seen] @ query[row, head, 0] / size**0.5).softmax(dim=0)
+            torch.testing.assert_close(found[row, 0, head], weights @ value[row, group][seen])
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 products on this CPU")
 def test_half_precision_is_packed_for_sampling_alone(tiny_model):
     """A packed weight is the same numbers in another order: the logits are the same within rounding."""
