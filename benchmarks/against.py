@@ -3,9 +3,9 @@
     python benchmarks/against.py c834062                                     # a PPO step and rollouts, bf16 and fp32
     python benchmarks/against.py c834062 --what step rollouts-64 --dtypes bfloat16 --turns 3
 
-`step` is `FastPPOTrainer.step` on 16 sequences of 60 + 64 tokens, mini batches of 8, 2 epochs, LoRA of rank 8. `rollouts-N` are N prompts of
-data/eval.json, up to 48 new tokens, with an adapter; `rollouts-N` in float32 of the other commit stand beside bfloat16 too, where both are
-asked for. Seconds are the process's own (CPU time), so that other work on the machine counts little.
+`step` is `FastPPOTrainer.step` on 16 rollouts: prompts of data/train.json under 80 tokens, 20 to 95 tokens after each, mini batches of 8,
+2 epochs, LoRA of rank 8. `equal` is a step on 16 sequences of 60 + 64 tokens. `rollouts-N` are N prompts of data/eval.json, up to 48 new
+tokens, with an adapter. Seconds are the process's own (CPU time), so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = str(REPOSITORY / "models" / "SmolLM2-135M-Instruct")
-QUERY, RESPONSE, SEQUENCES = 60, 64, 16
+ROWS = 16
 
 
 class Work:
@@ -47,26 +46,33 @@ class Work:
         base = use_onednn(AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, dtype)).requires_grad_(False))
         lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
         policy = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=lora)
-        config = PPOConfig(batch_size=SEQUENCES, mini_batch_size=8, gradient_accumulation_steps=1, ppo_epochs=2, learning_rate=1e-5)
+        config = PPOConfig(batch_size=ROWS, mini_batch_size=8, gradient_accumulation_steps=1, ppo_epochs=2, learning_rate=1e-5)
         self.trainer = FastPPOTrainer(config, policy, ref_model=None, tokenizer=self.tokenizer)
-        self.tokens = torch.randint(100, 40000, (SEQUENCES, QUERY + RESPONSE), generator=torch.Generator().manual_seed(0))
 
-    def step(self) -> int:
+    def prompts(self, file: str, field: str) -> list[list[int]]:
+        from parts.chat_templates import encode_prompts, load_template
+
+        template = load_template("tokenizer", self.tokenizer)
+        rows = json.loads((REPOSITORY / "data" / file).read_text(encoding="utf-8"))
+        return encode_prompts(self.tokenizer, [template.render(row[field]) for row in rows])
+
+    def step(self, equal: bool) -> int:
         import numpy as np
         import torch
 
-        np.random.seed(0)
-        queries, responses = list(self.tokens[:, :QUERY]), list(self.tokens[:, QUERY:])
-        self.trainer.step(queries, responses, [torch.tensor(float(row)) for row in range(SEQUENCES)])
-        return SEQUENCES * RESPONSE
+        draw = torch.Generator().manual_seed(0)
+        np.random.seed(0)  # of TRL's mini batches
+        prompts = [ids for ids in self.prompts("train.json", "input") if len(ids) < 80][:ROWS]
+        queries = [torch.randint(100, 40000, (60,), generator=draw) if equal else torch.tensor(ids) for ids in prompts]
+        lengths = [64 if equal else 20 + 5 * row for row in range(ROWS)]
+        responses = [torch.randint(100, 40000, (length,), generator=draw) for length in lengths]
+        self.trainer.step(queries, responses, [torch.tensor(float(row)) for row in range(ROWS)])
+        return sum(lengths)
 
     def rollouts(self, rows: int) -> int:
-        from parts.chat_templates import encode_prompts, load_template
         from parts.generation import Decoding, generate_responses
 
-        template = load_template("tokenizer", self.tokenizer)
-        data = json.loads((REPOSITORY / "data" / "eval.json").read_text(encoding="utf-8"))[:rows]
-        prompts = encode_prompts(self.tokenizer, [template.render(row["instruction"]) for row in data])
+        prompts = self.prompts("eval.json", "instruction")[:rows]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).pretrained_model.eval()
         return sum(map(len, generate_responses(model, self.tokenizer, prompts, Decoding(48), rows, 0)))
 
@@ -82,16 +88,15 @@ def work(checkout: str) -> None:
         what, dtype = line.split()
         worker = workers[dtype] = workers.get(dtype) or Work(dtype)
         name, _, rows = what.partition("-")
-        do: Callable[[], int] = worker.step if name == "step" else lambda: worker.rollouts(int(rows))  # noqa: B023
         start = time.process_time()
-        tokens = do()
+        tokens = worker.rollouts(int(rows)) if name == "rollouts" else worker.step(equal=name == "equal")
         print(json.dumps([time.process_time() - start, tokens]), file=answers, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="what to compare with")
-    parser.add_argument("--what", nargs="+", default=["step", "rollouts-32", "rollouts-64"])
+    parser.add_argument("--what", nargs="+", default=["step", "equal", "rollouts-32", "rollouts-64"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)

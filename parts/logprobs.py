@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from parts.cpu_speed import linear
 from parts.errors import InputError
 
-LOGITS_PER_CHUNK = 2**23  # fp32 numbers in memory at a time: 32 MiB
+LOGITS_PER_CHUNK = 2**23  # that the head computes at a time: 32 MiB in fp32
+LOGITS_IN_CACHE = 2**20  # of them that a CPU takes further at a time, in fp32: what is read again and again stays in its caches
 
 
 class _BackboneOutput(BaseModelOutputWithPast):
@@ -126,25 +127,30 @@ class TokenLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             if way.is_product:
-                logits = way.head(hidden[part]).float()
+                own = way.head(hidden[part])
             else:
                 with torch.set_grad_enabled(wants_gradient):
                     states = hidden[part].detach().requires_grad_(wants_gradient)
                     own = way(states)
-                logits = own.detach().to(torch.float32, copy=True)
-            logits -= logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, labels[part, None])
-            weights = logits.exp()
-            total = weights.sum(dim=1, keepdim=True)
-            logprobs[part] = (chosen - total.log()).squeeze(1)
-            # Both terms are positive. The normaliser minus the mean logit, unshifted, would lose three digits to cancellation.
-            entropies[part] = (total.log() - logits.mul_(weights).sum(dim=1, keepdim=True) / total).squeeze(1)
+            by_logit = torch.empty_like(own) if wants_gradient else own.new_empty(len(own), 0)
+            few = max(1, LOGITS_IN_CACHE // weight.shape[0]) if own.device.type == "cpu" else size
+            tables = own.detach(), labels[part, None], logprobs[part, None], entropies[part, None], by_logit
+            for piece, label, logprob, entropy, by_piece in zip(*(table.split(few) for table in tables)):
+                logits = piece.to(torch.float32, copy=not way.is_product)  # else the graph may need them
+                logits -= logits.amax(dim=1, keepdim=True)
+                chosen = logits.gather(1, label)
+                weights = logits.exp()
+                total = weights.sum(dim=1, keepdim=True)
+                logprob.copy_(chosen - total.log())
+                # Both terms are positive. The normaliser minus the mean logit, unshifted, would lose three digits to cancellation.
+                entropy.copy_(total.log() - logits.mul_(weights).sum(dim=1, keepdim=True) / total)
+                if wants_gradient:
+                    by_piece.copy_(weights.div_(total.neg_()).scatter_add_(1, label, torch.ones_like(chosen)))
             if wants_gradient:
-                by_logit = weights.div_(total.neg_()).scatter_add_(1, labels[part, None], torch.ones_like(chosen))
                 if way.is_product:
-                    gradient[part] = linear(by_logit.to(weight.dtype), weight.t())
+                    gradient[part] = linear(by_logit, weight.t())
                 else:
-                    (gradient[part],) = torch.autograd.grad(own, states, by_logit.to(own.dtype))
+                    (gradient[part],) = torch.autograd.grad(own, states, by_logit)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies

@@ -210,8 +210,9 @@ def test_models_that_keep_other_things_are_refused(family):
     ],
 )
 def test_log_probabilities_and_their_gradient(monkeypatch, family, more, is_product):
-    """Against autograd through the model's own logits, with chunks of three tokens."""
+    """Against autograd through the model's own logits, with chunks of three tokens in pieces of two."""
     monkeypatch.setattr("parts.logprobs.LOGITS_PER_CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr("parts.logprobs.LOGITS_IN_CACHE", 2 * VOCABULARY)
     model = build(family, **more).requires_grad_(False)
     way = WayToLogits(model)
     assert way.is_product == is_product
