@@ -240,7 +240,7 @@ def short_sequences(model: nn.Module) -> Iterator[None]:
 
 
 NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
-             "output_hidden_states", "return_dict", "position_embeddings"}  # options of attention that its mask or its caller sees to  # fmt: skip
+             "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings"}  # options of attention that its mask or its caller sees to  # fmt: skip
 
 
 def _attention_to_one(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
