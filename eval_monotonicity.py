@@ -11,7 +11,7 @@ run's own record, unless a flag says otherwise. Writes monotonicity.json, monoto
 
 Without any training, proxy designs against a leaderboard, on outputs of systems (rows of instruction and output):
 
-    python eval_monotonicity.py --rollouts outputs/*.json --gold_scores leaderboard.csv --data_path data/alpaca_eval.json --all_designs=true
+    python eval_monotonicity.py --rollouts systems/*.json --gold_scores leaderboard.csv --data_path data/alpaca_eval_annotated.json --all_designs=true
 
 And best-of-n, on several samples a row (`evaluation.py --num_samples`): what gold makes of the response that the proxy ranks first among n:
 

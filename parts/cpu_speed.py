@@ -3,7 +3,8 @@
     model = use_onednn(AutoModelForCausalLM.from_pretrained(...))       # linear layers
     with one_token_at_a_time(model, rows): ...                          # sampling: a pass is over one new token of each row
     fewer_kernels(policy)                                               # LoRA, norms
-    with short_sequences(policy): ...
+    with short_sequences(policy): ...                                   # plain attention in bf16
+    with attention_to_one(model): ...                                   # the same for a pass over one new token of each row
     most_rows(64, model.device), most_tokens(16384, model.device)       # batches that suit a CPU
 
 `ENABLED = False` switches all of it off. On a GPU all of it does nothing.
@@ -229,6 +230,10 @@ def _is_half_on_cpu(model: nn.Module) -> bool:
     return ENABLED and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
+def _has_fast_half(model: nn.Module) -> bool:
+    return _is_half_on_cpu(model) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextmanager
 def short_sequences(model: nn.Module) -> Iterator[None]:
     """While the block runs, attention is plain products in half precision on a CPU.
@@ -243,23 +248,30 @@ NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "
              "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings"}  # options of attention that its mask or its caller sees to  # fmt: skip
 
 
+LARGEST_SCORE = 32.0  # beyond it bf16's rounding of a score is more than 0.06 nats
+
+
 def _attention_to_one(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """transformers' `sdpa_attention_forward`, with plain products where each row asks for one token.
 
-    In half precision the fused kernel takes twice as long for one token, since it brings all keys and values into another layout first.
+    In bf16 the fused kernel takes twice as long for one token, since it brings all keys and values into another layout first. But plain
+    products round scores to bf16, where it does not: large ones, of Qwen2 for example, are left to it.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, asked, size = query.shape
     strange = dropout or any(value is not None and name not in NO_MATTER for name, value in options.items())
     mask = attention_mask
+    fused = functools.partial(sdpa_attention_forward, module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
     if asked != 1 or strange or (mask is not None and (mask.dtype != torch.bool or mask.shape[1:3] != (1, 1))):
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+        return fused()
     groups = key.shape[1]
-    query = query.reshape(rows * groups, heads // groups, size)
+    queries = query.reshape(rows * groups, heads // groups, size)
     # Keys come first: with the few queries of a group on the right the product reads them as fast as memory gives them.
-    scores = torch.bmm(key.flatten(0, 1), query.transpose(1, 2)).transpose(1, 2).contiguous().float()
+    scores = torch.bmm(key.flatten(0, 1), queries.transpose(1, 2)).transpose(1, 2).contiguous().float()
     scores *= size**-0.5 if scaling is None else scaling
+    if scores.dtype != key.dtype and not max(scores.amax(), -scores.amin()) <= LARGEST_SCORE:
+        return fused()
     if mask is not None:
         scores.view(rows, heads, -1).masked_fill_(~mask[:, 0], -torch.inf)
     return torch.bmm(scores.softmax(dim=-1).to(value.dtype), value.flatten(0, 1)).view(rows, 1, heads, -1), None
@@ -267,21 +279,21 @@ def _attention_to_one(module, query, key, value, attention_mask, scaling=None, d
 
 @contextmanager
 def attention_to_one(model: nn.Module) -> Iterator[None]:
-    """While the block runs, a pass over one new token of each row attends by plain products, in half precision on a CPU.
+    """While the block runs, a pass over one new token of each row attends by plain products, in bf16 on a CPU that has it.
 
     The function changes, not its name in the configuration: models ask for that name to choose a mask or a way of their own.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if not _is_half_on_cpu(model):
+    if not _has_fast_half(model) or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:  # somebody else's, or ours already
         yield
         return
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_to_one
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 @contextmanager

@@ -136,7 +136,8 @@ class Batch:
         own = [prompt[start:] for prompt in prompts]
         most = most_tokens(math.inf, self.device)
         if self.together and self.can_refill and most < math.inf:
-            groups = batches_by_length(list(map(len, own)), most_tokens=most, longest_first=True)
+            parted = batches_by_length(list(map(len, own)), most_tokens=most, longest_first=True)
+            groups = parted if len(parted) > 1 else groups  # in the order of the prompts
         common = torch.ones(1, start, dtype=torch.long, device=self.device)
         if start:
             self.mask = common

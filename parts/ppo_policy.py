@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
-from parts.cpu_speed import short_sequences
 from parts.errors import InputError
 from parts.logprobs import WayToLogits, token_log_probs
 from parts.packing import Rollouts
@@ -61,8 +61,11 @@ def teach_to_predict(policy: nn.Module) -> Callable:
 
 
 @torch.no_grad()
-def check_log_probabilities(policy: nn.Module, forward: Callable) -> None:
+def check_log_probabilities(policy: nn.Module, forward: Callable, attention: Callable[[nn.Module], AbstractContextManager]) -> None:
     """Compare a policy's `forward`, the one above, with the model's own, one row at a time, on a few tokens.
+
+    Args:
+        attention: in which `forward` runs, `short_sequences` for example.
 
     Raises:
         InputError: their log-probabilities differ by more than rounding.
@@ -73,7 +76,7 @@ def check_log_probabilities(policy: nn.Module, forward: Callable) -> None:
     most = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
     tokens = [torch.randint(most, (length,), generator=draw).to(device) for length in (9, 5)]
     sequences = Rollouts(tokens, [1] * len(tokens), [len(row) - 1 for row in tokens])
-    with short_sequences(model):
+    with attention(model):
         found, _, _ = forward(**sequences.inputs(range(len(tokens))))
     own = torch.cat([model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in tokens])
     difference = (found - own.gather(1, torch.cat([row[1:] for row in tokens])[:, None]).squeeze(1)).abs().mean().item()

@@ -26,7 +26,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from trl.trainer import RunningMoments
 
 from parts.batching import batches_by_length
 from parts.cpu_speed import fewer_kernels, short_sequences
+from parts.errors import InputError
 from parts.packing import Rollouts, attention_within, can_pack, longest
 from parts.ppo_policy import check_log_probabilities, checkpoint_in_eval_mode, teach_to_predict
 from parts.rows import QTYPES
@@ -64,8 +65,14 @@ class FastPPOTrainer(PPOTrainer):
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         policy = self.accelerator.unwrap_model(self.model)
         checkpoint_in_eval_mode(policy)
-        check_log_probabilities(policy.eval(), forward)
-        check_sampling(policy.pretrained_model, together=False)
+        self.attention = short_sequences
+        try:
+            check_log_probabilities(policy.eval(), forward, self.attention)
+        except InputError:  # its scores may be too large for bf16
+            self.attention = nullcontext
+            check_log_probabilities(policy, forward, self.attention)
+        for together in (True, False):  # development rollouts, and a step's
+            check_sampling(policy.pretrained_model, together)
         self.ends = end_tokens(self.tokenizer, policy.pretrained_model.generation_config)
         forwards = [forward]
         if self.ref_model is not None:
@@ -273,7 +280,7 @@ class FastPPOTrainer(PPOTrainer):
             with attention_within(policy, packed):
                 yield inputs
         else:
-            with short_sequences(policy):
+            with self.attention(policy):
                 yield sequences.inputs(rows)
 
     def _forward_all(self, model: nn.Module, sequences: Rollouts, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,3 +122,23 @@ def test_half_precision_is_packed_for_sampling_alone(tiny_model):
         torch.testing.assert_close(model(ids).logits, plain, rtol=0.01, atol=1e-3)
     assert all(layer.packed is None for layer in layers)
     assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 products on this CPU")
+def test_attention_to_one_token_leaves_what_it_finds(tiny_model):
+    """Nested, after an error, and beside somebody else's attention under the same name."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(KeyError), cpu_speed.attention_to_one(model):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is cpu_speed._attention_to_one
+        with cpu_speed.attention_to_one(model):
+            pass
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is cpu_speed._attention_to_one
+        raise KeyError
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping and ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = others = lambda *given: None
+    with cpu_speed.attention_to_one(model):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is others
+    del ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from trl.core import logprobs_from_logits
 from parts import cpu_speed
 from parts.errors import InputError
 from parts.generation import generate_responses
+from parts.kv_batches import Batch
 from parts.logprobs import TokenLogProbs, WayToLogits
 from parts.ppo_trainer import FastPPOTrainer
 from parts.sampling import Decoding, check_sampling
@@ -131,19 +133,66 @@ def test_greedy_samples_are_those_of_generate_alone(built, family):
 
 
 FUSED = {  # their attention has another way, or options that plain products do not know
-    "falcon", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mamba", "mpt",
+    "bloom", "falcon", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mamba", "mamba2", "mpt",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_to_one_token_samples_the_same(built, family, monkeypatch):
-    """As a CPU computes it in half precision, here in fp32."""
-    asked = []
-    monkeypatch.setattr(cpu_speed, "_is_half_on_cpu", lambda model: True)
-    products = torch.bmm
-    monkeypatch.setattr(cpu_speed.torch, "bmm", lambda *given: asked.append(given) or products(*given))
+    """As a CPU computes it in bf16, here in fp32."""
+    products, attention, plain = [], cpu_speed._attention_to_one, []
+    bmm = torch.bmm
+    monkeypatch.setattr(cpu_speed, "_has_fast_half", lambda model: True)
+    monkeypatch.setattr(torch, "bmm", lambda *given: products.append(given) or bmm(*given))
+
+    def counted(*given, **options):
+        before = len(products)
+        found = attention(*given, **options)
+        plain.append(len(products) > before)
+        return found
+
+    monkeypatch.setattr(cpu_speed, "_attention_to_one", counted)
     test_greedy_samples_are_those_of_generate_alone(built, family)
-    assert bool(asked) == (family not in FUSED)
+    assert any(plain) == (family not in FUSED)
+
+
+def of_large_scores() -> torch.nn.Module:
+    """A Qwen2 in bf16 whose keys and queries have large biases, as those of the hub have."""
+    model = build("qwen2", **FAMILIES["qwen2"])
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            bias = projection.bias.data.view(-1, layer.self_attn.head_dim)
+            bias[:, layer.self_attn.head_dim // 2 - 1] = bias[:, -1] = 80  # of the slowest rotation
+    return model.to(torch.bfloat16)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 products on this CPU")
+def test_large_scores_are_not_rounded_to_bf16(monkeypatch):
+    model = of_large_scores()
+    ids = torch.randint(4, VOCABULARY, (8, 21), generator=torch.Generator().manual_seed(0))
+
+    def last_logits(attention) -> torch.Tensor:
+        with torch.no_grad(), attention(model):
+            return model(ids[:, -1:], past_key_values=model(ids[:, :-1]).past_key_values).logits
+
+    check_sampling(model)
+    assert torch.equal(last_logits(cpu_speed.attention_to_one), last_logits(nullcontext))
+    monkeypatch.setattr(cpu_speed, "LARGEST_SCORE", torch.inf)
+    assert not torch.equal(last_logits(cpu_speed.attention_to_one), last_logits(nullcontext))
+
+
+@pytest.mark.parametrize("most", [5, 100])
+def test_prompts_in_any_order_are_read_as_each_alone(built, most, monkeypatch):
+    """In groups of about one length, and in one; a prompt that comes twice is read once."""
+    monkeypatch.setattr(cpu_speed, "TOKENS", most)
+    model, prompts = built("llama"), [[5, 6], [7, 8, 9, 10], [11, 12, 13], [5, 6]]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
+        batch = Batch(model, prompts)
+        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-6)
+        batch.read(torch.tensor([14, 15, 16, 17]))
+        alone = torch.cat([model(input_ids=torch.tensor([[*prompt, 14 + row]])).logits[:, -1] for row, prompt in enumerate(prompts)])
+        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-6)
 
 
 def policy(family: str, **more):
@@ -172,6 +221,19 @@ def stepped(cls, family: str, **more) -> tuple[dict, dict, object]:
         np.random.seed(0)
         stats = trainer.step(queries, responses, list(torch.randn(BATCH, generator=draw)))
     return stats, {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}, trainer
+
+
+def test_attention_that_rounds_too_much_is_left_out(monkeypatch):
+    """PPO's plain attention in bf16: where log-probabilities come out otherwise, the model's own is taken."""
+
+    def check(model, forward, attention):
+        if attention is cpu_speed.short_sequences:
+            raise InputError("0.5 nats off")
+
+    monkeypatch.setattr("parts.ppo_trainer.check_log_probabilities", check)
+    assert stepped(FastPPOTrainer, "llama")[2].attention is nullcontext
+    monkeypatch.undo()
+    assert stepped(FastPPOTrainer, "llama")[2].attention is cpu_speed.short_sequences
 
 
 ARRAYS = ("objective/logprobs", "objective/ref_logprobs", "ppo/policy/advantages", "ppo/policy/ratio")
