@@ -189,10 +189,10 @@ def test_prompts_in_any_order_are_read_as_each_alone(built, most, monkeypatch):
     with torch.no_grad():
         alone = torch.cat([model(input_ids=torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
         batch = Batch(model, prompts)
-        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-5)
         batch.read(torch.tensor([14, 15, 16, 17]))
         alone = torch.cat([model(input_ids=torch.tensor([[*prompt, 14 + row]])).logits[:, -1] for row, prompt in enumerate(prompts)])
-        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.logits, alone, rtol=0, atol=1e-5)
 
 
 def policy(family: str, **more):
