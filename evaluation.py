@@ -127,7 +127,7 @@ def training_files(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """The files that the checkpoints were trained on, each once, as far as they are here and still what they were."""
     files: list[str] = []
     for checkpoint in checkpoints:
-        merged = checkpoint.record.get("trained_on", {})  # of an adapter that `merge_adapter.py` made a model of
+        merged = checkpoint.record.get("trained_on") or {}  # of an adapter that `merge_adapter.py` made a model of
         file = merged.get("dataset_path") or checkpoint.trained.get("dataset_path", "")
         data = dict(merged.get("data") or checkpoint.record.get("data") or {})
         if isinstance(file, str) and file not in files and Path(file).is_file() and file_digest(file) == data.get("dataset_path"):
@@ -180,7 +180,8 @@ def read_instructions(settings: EvaluationSettings, checkpoints: Sequence[Checkp
         raise InputError(
             f"{settings.data_path}: no such file; data/README.md says how to get it, --data_path data/eval.json takes our rows"
         )
-    return check_rows(settings.data_path, {"instruction": None}, against=training_files(checkpoints))
+    seen = training_files([*checkpoints, Checkpoint(Path(settings.base_model_name))])
+    return check_rows(settings.data_path, {"instruction": None}, against=seen)
 
 
 def template_name(settings: EvaluationSettings, point: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> str:

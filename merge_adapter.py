@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parts.adapters import put_on
+from parts.adapters import check_adapter, put_on
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, write_json
@@ -48,6 +48,7 @@ def check(settings: MergeSettings) -> tuple[Checkpoint, str]:
         raise InputError(f"{len(adapters)} adapters, expected one")
     if adapters[0].is_whole:
         raise InputError(f"{adapters[0].folder}: all of a model's weights already, expected an adapter to merge")
+    check_adapter(adapters[0].folder)
     base = settings.base_model_name or adapter_base(adapters[0].folder)
     check_model_name(base)
     require_base(adapters[0].folder, adapters[0].record, base)
@@ -90,7 +91,7 @@ def main() -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     kind = PeftConfig.from_pretrained(adapter.folder)
-    if kind.task_type != "CAUSAL_LM" or kind.is_prompt_learning:
+    if kind.is_prompt_learning:
         raise InputError(f"{adapter.folder}: {kind.peft_type.value} for {kind.task_type}, expected weights to add to a causal LM")
     cache = settings.cache_dir or None
     with loading(base, "a causal language model"):

@@ -36,7 +36,7 @@ from parts.cli import Settings, found_path, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, clear_leftovers, digest, file_digest, read_json, read_text, write_json
 from parts.locks import hold
-from parts.models import adapter_base, check_model_name, check_whole_model, loading, model_identity
+from parts.models import ModelFacts, adapter_base, check_model_name, check_whole_model, loading, model_identity
 from parts.preferences import Pair, accuracies, by_prompt, encode_rankings, heldout_sample, read_pairs, select_pairs
 from parts.processes import launched_processes
 from parts.rows import is_heldout
@@ -89,6 +89,9 @@ class GoldTrainingSettings(Settings):
             self.output_dir = found_path(self.output_dir)
         elif launched_processes() > 1:
             raise InputError(f"{launched_processes()} processes were launched, expected one: the training is for one GPU")
+        for name in ("lora_r", "lora_layers"):
+            if self.start_from and getattr(self, name) != getattr(type(self), name):
+                raise InputError(f"--{name} with --start_from, whose LoRA goes on as it is, expected one of the two")
 
 
 def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dict[str, dict[str, float]]:
@@ -110,26 +113,34 @@ def heldout_accuracies(settings: GoldTrainingSettings, pairs: list[Pair]) -> dic
     return accuracies(pairs, margins, settings.heldout_systems)
 
 
-def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The language model with a scalar head and LoRA, new or those of `start_from`, and its tokenizer.
+def load_framing_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer. One without a chat template gets alpaca's, with its own first and last token."""
+    from transformers import AutoTokenizer
 
-    A tokenizer without a chat template gets alpaca's, with its own first and last token.
-
-    Raises:
-        InputError: the language model cannot be loaded.
-    """
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    with loading(settings.model_name, "a language model"):
-        tokenizer = AutoTokenizer.from_pretrained(settings.model_name, trust_remote_code=False)
-        dtype = "auto" if settings.bf16 else torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, dtype=dtype, trust_remote_code=False)
+    with loading(name, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = "{{ bos_token }}" + read_text(FOLDER / "alpaca.jinja") + "{{ eos_token }}"
+    return tokenizer
+
+
+def reward_model(settings: GoldTrainingSettings) -> PeftModel:
+    """The language model with a scalar head and LoRA, new or those of `start_from`. Raises InputError where it cannot be loaded."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    with loading(settings.model_name, "a language model"):
+        dtype = "auto" if settings.bf16 else torch.float32
+        model = AutoModelForSequenceClassification.from_pretrained(
+            settings.model_name,
+            num_labels=1,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # as its scores will be computed
+        )
     if settings.start_from:
-        return _in_fp32(PeftModel.from_pretrained(model, settings.start_from, is_trainable=True)), tokenizer
+        return _in_fp32(PeftModel.from_pretrained(model, settings.start_from, is_trainable=True))
     layers = model.config.num_hidden_layers
     lora = LoraConfig(
         task_type="SEQ_CLS",
@@ -140,7 +151,7 @@ def reward_model(settings: GoldTrainingSettings) -> tuple[PeftModel, PreTrainedT
         modules_to_save=["score"],
     )
     with loading(settings.model_name, "a language model to put LoRA on"):
-        return _in_fp32(get_peft_model(model, lora)), tokenizer
+        return _in_fp32(get_peft_model(model, lora))
 
 
 def linear_modules(backbone: nn.Module) -> list[str]:
@@ -168,11 +179,10 @@ def training_rankings(settings: GoldTrainingSettings, pairs: list[Pair], tokeniz
     from parts.conversations import encode_conversation
 
     rng = random.Random(settings.seed)
-    most_tokens = min(tokenizer.model_max_length, sys.maxsize)  # a tokenizer that states no limit has 1e30
 
     @cache
     def encode(instruction: str, text: str) -> list[int]:
-        return encode_conversation(tokenizer, instruction, text, most_tokens)
+        return encode_conversation(tokenizer, instruction, text, sys.maxsize)  # whole: what is too long is left out, not cut
 
     unfit = {"longer than max_length": 0, "of equal answers": 0}
 
@@ -209,13 +219,17 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
     """Train on a choice of `pairs`, from the checkpoint `resumed` on where there is one, and write the adapter to `settings.output_dir`."""
     import torch
     from datasets import Dataset
-    from transformers import TrainingArguments, set_seed
+    from transformers import AutoConfig, TrainingArguments, set_seed
 
     from parts.bradley_terry import BradleyTerryTrainer, RankingCollator
 
     set_seed(settings.seed)
-    model, tokenizer = reward_model(settings)
-    rankings = Dataset.from_list(training_rankings(settings, pairs, tokenizer))
+    tokenizer = load_framing_tokenizer(settings.model_name)
+    rankings = training_rankings(settings, pairs, tokenizer)
+    config = AutoConfig.from_pretrained(settings.model_name, trust_remote_code=False).get_text_config()
+    facts = ModelFacts(settings.model_name, getattr(config, "max_position_embeddings", None), config.vocab_size, None)
+    facts.require_fit([ids[: settings.max_length] for ranking in rankings for ids in ranking["sequences"]], settings.max_length)
+    model = reward_model(settings)
     unfinished = Path(f"{settings.output_dir}.unfinished")
     arguments = TrainingArguments(
         output_dir=str(unfinished),
@@ -240,7 +254,7 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
         forward_tokens=settings.forward_tokens,
         model=model,
         args=arguments,
-        train_dataset=rankings,
+        train_dataset=Dataset.from_list(rankings),
         data_collator=RankingCollator(settings.max_length),
     )
     begin_training(unfinished, fingerprint, resumed)
@@ -311,14 +325,16 @@ def require_unseen(settings: GoldTrainingSettings) -> None:
 
     Nothing is known of preferences that it was not trained on; those of a record without a digest count as the same.
     """
-    folder, point = settings.output_dir, Checkpoint(Path(settings.output_dir))
-    trained, own = point.trained, file_digest(settings.preferences)
-    if dict(point.record.get("data") or {}).get("preferences", own) != own:
-        return
-    if (share := trained.get("heldout_share", 1)) < settings.heldout_share:
-        raise InputError(f"--heldout_share is {settings.heldout_share}, expected {share} at most, with which {folder} was trained")
-    if "heldout_systems" in trained and (seen := sorted(set(settings.heldout_systems) - set(trained["heldout_systems"]))):
-        raise InputError(f"--heldout_systems holds {seen[0]!r}, which {folder} did not hold out, expected some that it did")
+    folder, own = settings.output_dir, file_digest(settings.preferences)
+    record = Checkpoint(Path(folder)).record
+    while record:  # its own, and those of the adapters that it went on from
+        trained = record.get("settings") or {}
+        if dict(record.get("data") or {}).get("preferences", own) == own:
+            if (share := trained.get("heldout_share", 1)) < settings.heldout_share:
+                raise InputError(f"--heldout_share is {settings.heldout_share}, expected {share} at most, with which {folder} was trained")
+            if "heldout_systems" in trained and (seen := sorted(set(settings.heldout_systems) - set(trained["heldout_systems"]))):
+                raise InputError(f"--heldout_systems holds {seen[0]!r}, which {folder} did not hold out, expected some that it did")
+        record = record.get("start_from")
 
 
 def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -334,7 +350,7 @@ def split_pairs(settings: GoldTrainingSettings, pairs: list[Pair]) -> tuple[list
     heldout = [pair for pair in pairs if is_heldout(pair.instruction, settings.heldout_share)]
     rest = [pair for pair in pairs if not is_heldout(pair.instruction, settings.heldout_share)]
     training = [pair for pair in rest if not set(pair.systems) & set(settings.heldout_systems)]
-    if not heldout or not training:
+    if not heldout or not (training or settings.evaluate_only):
         raise InputError(f"{settings.preferences}: no prompts left to train on or to hold out, expected more prompts")
     of_systems = f", {len(rest) - len(training)} of held-out systems" if len(rest) > len(training) else ""
     print(f"{settings.preferences}: {len(pairs)} pairs, {len(heldout)} on held-out prompts{of_systems}, {len(training)} to train on")

@@ -30,7 +30,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-    from parts.models import ModelFacts
 
 # Settings that do not reach the weights: a begun training resumes with other ones.
 HARMLESS = {"cache_dir", "data_note", "output_dir", "overwrite", "save_steps"}
@@ -364,16 +362,6 @@ def _describe(folder: Path, record: dict, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------- main
 
 
-def check_room(model: ModelFacts, rows: Sequence[Mapping], max_length: int) -> None:
-    """Raises InputError for rows longer than the model has positions for, or with ids beyond its embeddings."""
-    ids = [row["input_ids"] for row in rows]
-    longest = max(map(len, ids))
-    if model.positions is not None and longest > model.positions:
-        told = f"it has {model.positions} positions, and the longest row has {longest} tokens"
-        raise InputError(f"{model.name}: {told}: --max_length is {max_length}, expected at most {model.positions}")
-    model.require_ids(ids)
-
-
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = parse_settings(SFTSettings, description=__doc__)
@@ -398,7 +386,8 @@ def main() -> None:
     if not training or not heldout:
         raise InputError(f"{settings.dataset_path}: no rows left to train on or to hold out, expected more rows or --heldout_path")
 
-    check_room(read_facts(settings.model_name, tokenizer, settings.cache_dir or None), [*training, *heldout], settings.max_length)
+    facts = read_facts(settings.model_name, tokenizer, settings.cache_dir or None)
+    facts.require_fit([row["input_ids"] for row in (*training, *heldout)], settings.max_length)
     hold(settings.output_dir)
     if is_first_process():
         clear_leftovers(settings.output_dir)
@@ -411,11 +400,15 @@ def main() -> None:
     fingerprint = digest([chosen, model_identity(settings.model_name), template_digest(template), files, launch])
     base = {} if settings.merge else {"base_sample": weight_sample(settings.model_name)}  # an adapter's record says what it is for
     output, unfinished = Path(settings.output_dir), Path(f"{settings.output_dir}.unfinished")
-    if output.exists() and not settings.overwrite:
-        if not (output / RECORD).is_file() or read_json(output / RECORD).get("fingerprint") != fingerprint:
+    if output.exists():
+        made = read_json(output / RECORD).get("fingerprint") if (output / RECORD).is_file() else None
+        if made is None and not (output.is_dir() and not any(output.iterdir())):
+            raise InputError(f"--output_dir: {output} is there and is no model of this command, expected another place")
+        if made == fingerprint and not settings.overwrite:
+            print(f"{output}: is there already, made as it would be now")
+            return
+        if made is not None and not settings.overwrite:
             raise InputError(f"{output}: exists already, made otherwise (--overwrite=true replaces it)")
-        print(f"{output}: is there already, made as it would be now")
-        return
     checkpoint = resumable_training(unfinished, fingerprint, settings.overwrite)
 
     # 3. The processes, the model, the Trainer.

@@ -7,7 +7,7 @@ is over, and `role_headings`, the literal texts that announce a turn. Add a mode
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,17 +161,30 @@ def _load_file(path: Path) -> ChatTemplate:
 
 def encode_rows(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Sequence[Mapping], field: str) -> list[list[int]]:
     """Token ids of the prompts of rows (`render_row`). A control token that a row's text spells out is text, not a control token."""
-    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    control |= {*template.stop_strings, *template.role_headings} & tokenizer.get_added_vocab().keys()
-    split = "|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in sorted(control) if len(token) > 1)
-
-    def as_text(text: str) -> str:
-        return re.sub(split, rf"\g<0>{_MARK}", text) if split else text
-
+    as_text = _marker(tokenizer, template)
     turns = [[{**turn, "content": as_text(turn["content"])} for turn in row.get("messages") or []] for row in rows]
     return encode_prompts(
         tokenizer, [template.render_row({field: as_text(row[field]), "messages": own}, field) for row, own in zip(rows, turns)]
     )
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers to learn, with the tokenizer's end of sequence. One that an answer ends with already is that end; elsewhere
+    control tokens that it spells out are text."""
+    as_text, end = _marker(tokenizer, template), tokenizer.eos_token
+    pieces = [as_text(answer.removesuffix(end).rstrip() if answer.endswith(end) else answer).split(_MARK) for answer in answers]
+    return [
+        [*(token for piece in own for token in tokenizer(piece, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+        for own in pieces
+    ]
+
+
+def _marker(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Callable[[str], str]:
+    """Puts `_MARK` into the control tokens that a text spells out: pieces between marks are encoded apart."""
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control |= {*template.stop_strings, *template.role_headings} & tokenizer.get_added_vocab().keys()
+    split = "|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in sorted(control) if len(token) > 1)
+    return lambda text: re.sub(split, rf"\g<0>{_MARK}", text) if split else text
 
 
 def encode_instructions(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, instructions: list[str]) -> list[list[int]]:

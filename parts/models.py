@@ -187,7 +187,7 @@ class ModelFacts:
     name: str
     positions: int | None
     vocabulary: int
-    generation: GenerationConfig
+    generation: GenerationConfig | None  # for training alone it may be unknown
 
     def require_ids(self, rows: Iterable[Sequence[int]]) -> None:
         """Raise InputError for token ids beyond the embeddings."""
@@ -196,6 +196,14 @@ class ModelFacts:
             raise InputError(
                 f"{self.name}: the tokenizer gives id {largest}, expected less than the model's vocabulary of {self.vocabulary}"
             )
+
+    def require_fit(self, rows: Sequence[Sequence[int]], max_length: int) -> None:
+        """Raise InputError for rows to learn from that are longer than the model has positions for, or have ids beyond its embeddings."""
+        longest = max(map(len, rows))
+        if self.positions is not None and longest > self.positions:
+            told = f"it has {self.positions} positions, and the longest row has {longest} tokens"
+            raise InputError(f"{self.name}: {told}: --max_length is {max_length}, expected at most {self.positions}")
+        self.require_ids(rows)
 
     def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
         """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""

@@ -301,8 +301,8 @@ def begin_training(unfinished: Path, fingerprint: str, resumed: Path | None) -> 
     """Make a Trainer's folder ready: as it is for one that goes on, else empty."""
     if resumed is None:
         shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / "fingerprint").write_text(fingerprint, encoding="utf-8")
+        unfinished.mkdir(parents=True)
+        (unfinished / "fingerprint").write_text(fingerprint, encoding="utf-8")
 
 
 DEVELOPMENT, TRAINING = "development rollouts", "training rollouts"

@@ -43,7 +43,7 @@ def read_examples(
     Raises:
         InputError: an unusable row, an empty output, or no row left.
     """
-    from parts.chat_templates import encode_rows
+    from parts.chat_templates import encode_answers, encode_rows
 
     rows = check_rows(path, {"input": None, "output": None}, against)
     kept, empty, long_sentence = [], 0, 0
@@ -62,7 +62,7 @@ def read_examples(
         else:
             kept.append((row, answer))
     prompts = encode_rows(tokenizer, template, [row for row, _ in kept], "input")
-    answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, answer in kept]
+    answers = encode_answers(tokenizer, template, [answer for _, answer in kept])
     examples = [
         {"input": row["input"], "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}
         for (row, _), prompt, answer in zip(kept, prompts, answers)

@@ -437,6 +437,8 @@ def test_cross_validation_of_a_separable_set_and_of_one_wrong_label():
     texts, embeddings, constrained = separable()
     found = cross_validate(texts, embeddings, constrained, seed=0)
     assert found == {"accuracy": 1.0, "standard_error": 0.0, "by_fold": [1.0] * 5, "majority": 0.5}
+    again = [text.upper() + " " for text in texts]  # no text is known from another fold
+    assert cross_validate([*texts, *again], np.tile(embeddings, (2, 1)), np.tile(constrained, 2), seed=0) == found
     constrained[0] = True
     found = cross_validate(texts, embeddings, constrained, seed=0)
     assert found["accuracy"] == 0.95 and found["majority"] == 0.55

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parts.chat_templates import encode_prompts, load_template, template_names
+from parts.chat_templates import encode_answers, encode_prompts, load_template, template_names
 from parts.errors import InputError
 
 RENDERED = {
@@ -72,6 +72,16 @@ def test_the_tokenizers_own_template(tiny_model):
     assert template.raw_instruction(template.render("Say hi.")) == "Say hi."
     assert template.stop_strings == ("<unk>", "<|im_end|>")
     assert template.strip_response("Hi!<|im_end|>\n<|im_start|>user") == "Hi!"
+
+
+def test_answers_end_once_and_spell_no_control_token(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    template, end = load_template("tokenizer", tokenizer), tokenizer.eos_token_id
+    plain, ended, spelled = encode_answers(tokenizer, template, ["Hi there.", "Hi there. <|im_end|>", "It is <|im_end|> here."])
+    assert plain == ended == [*tokenizer("Hi there.")["input_ids"], end]
+    assert spelled[-1] == end and end not in spelled[:-1] and tokenizer.decode(spelled[:-1]) == "It is <|im_end|> here."
 
 
 def test_no_second_bos(tiny_model):

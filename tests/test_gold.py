@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -17,7 +18,7 @@ from parts.batching import batches_by_length
 from parts.bradley_terry import bradley_terry_loss
 from parts.conversations import encode_conversation
 from parts.errors import InputError
-from parts.files import REPOSITORY, code_digest, read_json
+from parts.files import REPOSITORY, code_digest, file_digest, read_json
 from parts.gold_models import (
     GoldSettings,
     LazyGold,
@@ -355,6 +356,11 @@ def test_what_an_adapter_was_trained_on_is_not_held_out(tmp_path):
     record = {"settings": settings, "data": {"preferences": "of another file"}}
     (tmp_path / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
     train_gold_rm.require_unseen(now(heldout_share=0.9, heldout_systems=["gpt4"]))
+    # It went on from one that had learned from this file.
+    record["start_from"] = {"settings": settings, "data": {"preferences": file_digest(preferences)}}
+    (tmp_path / "training_record.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match=r"--heldout_share is 0.9, expected 0.15 at most"):
+        train_gold_rm.require_unseen(now(heldout_share=0.9))
     (tmp_path / "training_record.json").unlink()
     train_gold_rm.require_unseen(now(heldout_share=0.9))
 
@@ -449,7 +455,7 @@ def test_what_is_trained_is_fp32_whatever_the_model_is(tiny_model, tmp_path, bf1
     settings = train_gold_rm.GoldTrainingSettings(
         model_name=str(tmp_path / "half"), preferences="", output_dir="", lora_layers=1, bf16=bf16
     )
-    model, _ = train_gold_rm.reward_model(settings)
+    model = train_gold_rm.reward_model(settings)
     trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
     assert any("score" in name for name in trained) and set(trained.values()) == {torch.float32}
     assert model.get_base_model().model.embed_tokens.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
@@ -494,14 +500,44 @@ def test_a_model_without_a_chat_template_is_trained_with_one(tiny_model, tmp_pat
     tokenizer.chat_template = None
     (plain / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(plain)
-    model, tokenizer = train_gold_rm.reward_model(
-        train_gold_rm.GoldTrainingSettings(model_name=str(plain), preferences="", output_dir="", lora_layers=1)
-    )
-    model.save_pretrained(tmp_path / "gold")
-    tokenizer.save_pretrained(tmp_path / "gold")
+    settings = train_gold_rm.GoldTrainingSettings(model_name=str(plain), preferences="", output_dir="", lora_layers=1)
+    train_gold_rm.reward_model(settings).save_pretrained(tmp_path / "gold")
+    train_gold_rm.load_framing_tokenizer(str(plain)).save_pretrained(tmp_path / "gold")
     gold = load_gold_reward_model(str(tmp_path / "gold"), device="cpu")
     text = gold.tokenizer.decode(gold.encode("Add 2.", "It is 4.")[0])
     assert text.endswith("completes the request.\n\n### Instruction:\nAdd 2.\n\n### Response:\nIt is 4.<|im_end|>")
+
+
+def test_texts_beyond_the_models_reach_are_left_out_and_not_cut(tiny_model, tmp_path, capsys):
+    """Also where the tokenizer would cut them; and what the model has no positions for is one line before it loads."""
+    pairs = [train_gold_rm.Pair("Say it.", "word " * count, "no") for count in (2, 3, 90, 95)]
+    settings = train_gold_rm.GoldTrainingSettings(
+        preferences="p", model_name=str(tiny_model), balanced=False, damaged_texts=False, max_length=60, output_dir=str(tmp_path / "gold")
+    )
+    tokenizer = train_gold_rm.load_framing_tokenizer(str(tiny_model))
+    tokenizer.model_max_length = 60
+    rankings = train_gold_rm.training_rankings(settings, pairs, tokenizer)
+    assert len(rankings) == 1 and "2 left out, longer than max_length" in capsys.readouterr().out
+    assert len(rankings[0]["sequences"]) == 3  # the two short answers and the worse one
+    short = shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10}), encoding="utf-8")
+    (short / "model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"short: it has 10 positions, and the longest row has \d+ tokens: --max_length is 60, expected at most 10"
+    ):
+        train_gold_rm.train(dataclasses.replace(settings, model_name=str(short)), pairs, "", None)
+
+
+def test_a_measurement_needs_no_pairs_to_train_on_and_lora_that_goes_on_no_rank():
+    pairs = [train_gold_rm.Pair(f"Say {number}.", "yes", "no") for number in range(9)]
+    settings = train_gold_rm.GoldTrainingSettings(preferences="p", heldout_share=1.0)
+    with pytest.raises(InputError, match="no prompts left to train on"):
+        train_gold_rm.split_pairs(settings, pairs)
+    settings.evaluate_only = True
+    assert train_gold_rm.split_pairs(settings, pairs) == ([], pairs)
+    with pytest.raises(InputError, match="--lora_r with --start_from, whose LoRA goes on as it is"):
+        train_gold_rm.GoldTrainingSettings(preferences="p", start_from="gold", lora_r=4)
 
 
 def test_gold_training_is_for_one_process(tmp_path, monkeypatch):

@@ -177,6 +177,8 @@ def test_a_merged_model_is_the_adapter_on_its_base(tiny_model, tmp_path):
     done = run_script("merge_adapter.py", moved, f"--base_model_name={tiny_model}", f"--output_dir={tmp_path}/merged_moved")
     assert done.returncode == 0, done.stderr
     assert file_digest(tmp_path / "merged_moved" / "model.safetensors") == file_digest(tmp_path / "merged" / "model.safetensors")
+    newer = shutil.copytree(tmp_path / "run_step_2", tmp_path / "newer")
+    (newer / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "NEWEST"}), encoding="utf-8")
     again = run_script("merge_adapter.py", tmp_path / "run_step_2", f"--output_dir={tmp_path}/merged")
     assert again.returncode == 2 and "merged: exists already (--overwrite=true replaces it)" in again.stderr
     for words, told in (
@@ -186,6 +188,7 @@ def test_a_merged_model_is_the_adapter_on_its_base(tiny_model, tmp_path):
             "run_step_2: exists already, expected a new folder",
         ),
         ([tmp_path / "run_step_2", f"--output_dir={tmp_path}/x", "--base_model_name=/gone"], "/gone: no such folder"),
+        ([newer, f"--output_dir={tmp_path}/x"], "adapter_config.json: peft_type is NEWEST, expected one of "),
     ):
         done = run_script("merge_adapter.py", *words)
         assert done.returncode == 2 and told in done.stderr, done.stderr

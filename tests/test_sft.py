@@ -22,7 +22,7 @@ from parts.errors import InputError
 from parts.files import read_json
 from parts.models import ModelFacts, load_tokenizer
 from parts.sft_data import NOT_LEARNT, ByLength, collate, first_sentences, read_examples
-from train_sft import SFTSettings, check_room
+from train_sft import SFTSettings
 
 
 def words(model, rows, output, **settings) -> list[str]:
@@ -136,6 +136,9 @@ def test_a_model_folder_that_every_stage_takes(tiny_model, rows_file, tmp_path, 
     assert done.returncode == 0 and "is there already, made as it would be now" in done.stdout
     done = run_script(*words(tiny_model, rows_file, output, lora_r=rank, epochs=5))
     assert done.returncode == 2 and "exists already, made otherwise (--overwrite=true replaces it)" in done.stderr
+    # What this command did not make is not replaced.
+    done = run_script(*words(tiny_model, rows_file, tmp_path, lora_r=rank, overwrite="true"))
+    assert done.returncode == 2 and "is there and is no model of this command, expected another place" in done.stderr and output.is_dir()
 
 
 def test_the_losses_and_the_merged_folder_are_those_of_model_and_adapter(tiny_model, rows_file, tmp_path):
@@ -329,10 +332,10 @@ def test_bad_input_is_one_line(tiny_model, rows_file, tmp_path):
 
 def test_rows_that_the_model_has_no_room_for():
     model = ModelFacts("m", 6, 400, None)
-    check_room(model, [{"input_ids": [1, 399]}, {"input_ids": [5] * 6}], 512)
+    model.require_fit([[1, 399], [5] * 6], 512)
     with pytest.raises(
         InputError, match="m: it has 6 positions, and the longest row has 7 tokens: --max_length is 512, expected at most 6"
     ):
-        check_room(model, [{"input_ids": [5] * 7}], 512)
+        model.require_fit([[5] * 7], 512)
     with pytest.raises(InputError, match="m: the tokenizer gives id 400, expected less than the model's vocabulary of 400"):
-        check_room(model, [{"input_ids": [5, 400]}], 512)
+        model.require_fit([[5, 400]], 512)
