@@ -132,13 +132,8 @@ def reward_model(settings: GoldTrainingSettings) -> PeftModel:
 
     with loading(settings.model_name, "a language model"):
         dtype = "auto" if settings.bf16 else torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.model_name,
-            num_labels=1,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,  # as its scores will be computed
-        )
+        safe = {"use_safetensors": True, "trust_remote_code": False}  # as it will be loaded to score
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model_name, num_labels=1, dtype=dtype, **safe)
     if settings.start_from:
         return _in_fp32(PeftModel.from_pretrained(model, settings.start_from, is_trainable=True))
     layers = model.config.num_hidden_layers
