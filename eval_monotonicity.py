@@ -2,7 +2,7 @@
 
     python eval_monotonicity.py --output_dir=outputs --model_prefix=full                # every checkpoint with rollouts but the start
     python eval_monotonicity.py --output_dir=outputs --model_prefix seed1 seed2 seed3 --gold_model owner/reward-model other/reward-model
-    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, and one or more golds
+    python eval_monotonicity.py --output_dir=outputs --model_prefix=full --gold_scores=gold.csv     # columns: step, perhaps row, and golds
     python eval_monotonicity.py --output_dir=outputs --model_prefix li full     # runs of different designs: what did each do to gold?
 
 Reads <output_dir>/<model_prefix>_step_<k>/alpaca-eval-*.json, which `evaluation.py` writes. The proxy's settings are those of the
@@ -38,7 +38,7 @@ import numpy as np
 
 from parts.best_of_n_command import judge_best_of_n, read_choice
 from parts.chat_templates import ChatTemplate, load_template
-from parts.cli import Settings, parse_settings, setting
+from parts.cli import Settings, found_path, parse_settings, setting
 from parts.designs import (
     all_designs,
     describe_designs,
@@ -101,7 +101,8 @@ class MonotonicitySettings(Settings):
     )
     gold_scores: str = setting(
         "",
-        "table (CSV or JSON) of mean gold scores: a column step, for several runs a column run, any other one of numbers a gold",
+        "table (CSV or JSON) of gold scores: a column step, for several runs a column run, for scores of single responses a column row; any "
+        "other one of numbers is a gold",
         path=True,
     )
     rollouts: list[str] = setting([], "outputs of systems, to rank without training; --gold_scores is then their leaderboard", path=True)
@@ -268,7 +269,8 @@ def read_references(settings: MonotonicitySettings, checkpoints: list[Checkpoint
     """
     rows = checkpoints[0].rows
     needed = proxy.reads_besides("qtype")
-    path = settings.data_path or (checkpoints[0].meta.get("data_path") if needed else None)
+    recorded = checkpoints[0].meta.get("data_path") if needed else None
+    path = settings.data_path or (recorded and found_path(recorded))
     if path:
         return match_rows(path, [row["instruction"] for row in rows], proxy.dataset_fields, str(checkpoints[0].rollouts))
     if needed:
@@ -379,7 +381,9 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
             raise InputError(f"--model_prefix: {prefix} comes twice")
     runs = [read_run(settings, typed, prefix) for prefix in settings.model_prefix]
     table, is_lone = settings.gold_scores, len(runs) == 1
-    tabled = {run.name: read_gold_scores(table, run.steps, run.name, is_lone) if table else {} for run in runs}
+    tabled = {
+        run.name: read_gold_scores(table, run.steps, run.name, is_lone, len(run.checkpoints[0].rows)) if table else {} for run in runs
+    }
     designs = name_designs(runs)
     warn_of_other_training(runs, designs, OF_THE_REWARD)
     warn_of_other_draws(runs)
@@ -425,7 +429,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     scored = []
     for run, design in zip(runs, designs):
         gold = {name: scores[run.name] for name, scores in models.items()}
-        gold |= {name: np.array([[means[step]] for step in run.steps]) for name, means in tabled[run.name].items()}
+        gold |= {name: np.array(scores) for name, scores in tabled[run.name].items()}
         scored.append(replace(scored_run(run, tables[run.name], gold), design=design))
 
     # 3. The answer.

@@ -13,6 +13,7 @@ import numpy as np
 
 from parts.best_of_n import Ranking, divergence, judge_all, rank_all, subset_sizes
 from parts.chat_templates import ChatTemplate
+from parts.cli import found_path
 from parts.comparison import MOVES, last_parts
 from parts.designs import all_designs, design_name, design_totals
 from parts.errors import InputError
@@ -121,7 +122,8 @@ def read_choice(settings, read_proxy: Callable[[Mapping], Any], path: str) -> Ch
     proxy = read_proxy(trained)
     designs = all_designs(proxy.switched_on) if settings.every_design else {}
     designs = {name: designs[name] for name in settings.designs or designs}
-    data_path = settings.data_path or (samples.meta.get("data_path") if proxy.reads_besides("qtype", "output") else None)
+    recorded = samples.meta.get("data_path") if proxy.reads_besides("qtype", "output") else None
+    data_path = settings.data_path or (recorded and found_path(recorded))
     if data_path:
         references = match_rows(data_path, samples.instructions, proxy.dataset_fields, path)
     else:

@@ -295,17 +295,25 @@ def read_leaderboard(path: str) -> dict[str, dict[str, float]]:
     return columns
 
 
-def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bool = True) -> dict[str, dict[int, float]]:
-    """Mean gold scores by column and step, from a CSV or JSON table; a column without numbers is no gold.
+def read_gold_scores(
+    path: str, steps: Sequence[int], run: str = "", is_lone: bool = True, responses: int = 0
+) -> dict[str, list[list[float]]]:
+    """Gold scores by column, from a CSV or JSON table; a column without numbers is no gold.
+
+    With a column `row` they are of single responses, numbered from 1 as the rollouts' rows are, else means of a checkpoint.
 
     Args:
         steps: of the checkpoints.
         run: whose rows count, where the table has a column `run`.
         is_lone: whether a table without one will do.
+        responses: of each checkpoint.
+
+    Returns:
+        [steps, responses], or [steps, 1] of means.
 
     Raises:
-        InputError: no column of numbers besides `step`, a missing or repeated step, a cell without a finite number, or several runs and
-            no column that tells them apart.
+        InputError: no column of numbers besides `step`, a missing or repeated step or row, a cell without a finite number, or several runs
+            and no column that tells them apart.
     """
     rows = read_table(path)
     named = ["" if row.get("run") is None else str(row["run"]).strip() for row in rows]
@@ -314,30 +322,37 @@ def read_gold_scores(path: str, steps: Sequence[int], run: str = "", is_lone: bo
         say_once(f"{path}: no row of run {run!r}; taken for it are those of {', '.join(dict.fromkeys(map(repr, named)))}")
     if not (tells_runs or is_lone):
         raise InputError(f"{path}: no column 'run', expected one with the names of --model_prefix where there are several")
-    found: list[str] = []
+    by_row = any("row" in row for row in rows)
+    found: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        step = _number(row.get("step"))
-        if step is None:
-            raise InputError(f"{path}: row {number}: field 'step' is {row.get('step')!r}, expected a number")
-        if not step.is_integer():
-            raise InputError(f"{path}: row {number}: field 'step' is {row['step']!r}, expected a whole number")
-        name = str(int(step))
+        place = []
+        for field in ("step", "row") if by_row else ("step",):
+            value = _number(row.get(field))
+            if value is None:
+                raise InputError(f"{path}: row {number}: field '{field}' is {row.get(field)!r}, expected a number")
+            if not value.is_integer():
+                raise InputError(f"{path}: row {number}: field '{field}' is {row[field]!r}, expected a whole number")
+            place.append(f"{field} {int(value)}")
         if tells_runs and named[number - 1] != run:
-            name = f"{named[number - 1]}, step {name}"
-        if name in found:
-            raise InputError(f"{path}: row {number}: step {row['step']} comes twice")
-        found.append(name)
-    columns = read_columns(path, rows, found, ["", "step", "run"])
+            place.insert(0, named[number - 1])
+        if (name := ", ".join(place)) in found:
+            raise InputError(f"{path}: row {number}: {name} comes twice")
+        found[name] = number
+    columns = read_columns(path, rows, list(found), ["", "step", "row", "run"])
     if not columns:
         raise InputError(f"{path}: no column of numbers besides 'step', expected one for each gold")
-    for step in map(str, steps):
-        if step not in found:
-            raise InputError(f"{path}: no row for step {step}{f' of run {run!r}' if tells_runs else ''}")
+    wanted = [[f"step {step}, row {row}" for row in range(1, responses + 1)] if by_row else [f"step {step}"] for step in steps]
+    for name in (name for names in wanted for name in names):
+        if name not in found:
+            raise InputError(f"{path}: no row for {name}{f' of run {run!r}' if tells_runs else ''}")
         for gold, scores in columns.items():
-            if step not in scores:
-                cell = rows[found.index(step)].get(gold)
-                raise InputError(f"{path}: row {found.index(step) + 1}: field '{gold}' is {cell!r}, expected a number")
-    return {gold: {step: scores[str(step)] for step in steps} for gold, scores in columns.items()}
+            if name not in scores:
+                cell = rows[found[name] - 1].get(gold)
+                raise InputError(f"{path}: row {found[name]}: field '{gold}' is {cell!r}, expected a number")
+    beyond = next((name for name in found if by_row and name.startswith(f"step {steps[0]}, ") and name not in wanted[0]), None)
+    if beyond:
+        raise InputError(f"{path}: row {found[beyond]}: {beyond}, expected the rollouts' {responses} rows alone")
+    return {gold: [[scores[name] for name in names] for names in wanted] for gold, scores in columns.items()}
 
 
 def _is_missing(cell: object) -> bool:

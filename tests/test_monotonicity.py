@@ -120,12 +120,12 @@ def test_a_run_against_a_reward_model_is_judged_by_the_full_design(capsys):
 def test_gold_tables(tmp_path):
     table = tmp_path / "gold.json"
     table.write_text('[{"step": 2, "gold": 0.5}, {"step": 1, "gold": "0.25"}]', encoding="utf-8")
-    assert read_gold_scores(str(table), [1, 2]) == {"gold": {1: 0.25, 2: 0.5}}
+    assert read_gold_scores(str(table), [1, 2]) == {"gold": [[0.25], [0.5]]}
     with pytest.raises(InputError, match="gold.json: no row for step 3"):
         read_gold_scores(str(table), [1, 2, 3])
     csv = tmp_path / "gold.csv"
     csv.write_text("\ufeffstep,human,note,gpt4\n1.0,0.5,first,3\n", encoding="utf-8")
-    assert read_gold_scores(str(csv), [1]) == {"human": {1: 0.5}, "gpt4": {1: 3.0}}
+    assert read_gold_scores(str(csv), [1]) == {"human": [[0.5]], "gpt4": [[3.0]]}
     csv.write_text("step,gold\n1,0.5\n1,0.6\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 2: step 1 comes twice"):
         read_gold_scores(str(csv), [1])
@@ -196,17 +196,33 @@ def test_names_of_golds():
 def test_a_gold_table_of_several_runs(tmp_path, capsys):
     table = tmp_path / "gold.csv"
     table.write_text("run,step,human\none,1,1\ntwo,1,3\none,2,2\n", encoding="utf-8")
-    assert read_gold_scores(str(table), [1, 2], "one", is_lone=False) == {"human": {1: 1.0, 2: 2.0}}
+    assert read_gold_scores(str(table), [1, 2], "one", is_lone=False) == {"human": [[1.0], [2.0]]}
     with pytest.raises(InputError, match="gold.csv: no row for step 2 of run 'two'$"):
         read_gold_scores(str(table), [1, 2], "two", is_lone=False)
     table.write_text("run,step,human\nother,1,1\nother,2,3\n", encoding="utf-8")
-    assert read_gold_scores(str(table), [1, 2], "one") == {"human": {1: 1.0, 2: 3.0}}
+    assert read_gold_scores(str(table), [1, 2], "one") == {"human": [[1.0], [3.0]]}
     assert capsys.readouterr().err == f"{table}: no row of run 'one'; taken for it are those of 'other'\n"
     table.write_text("step,human\n1,1\n2,3\n", encoding="utf-8")
     with pytest.raises(
         InputError, match="gold.csv: no column 'run', expected one with the names of --model_prefix where there are several$"
     ):
         read_gold_scores(str(table), [1, 2], "one", is_lone=False)
+
+
+def test_a_gold_table_of_single_responses(tmp_path):
+    table = tmp_path / "gold.csv"
+    table.write_text("step,row,judge\n1,2,0.2\n1,1,0.1\n2,1,0.3\n2,2,0.4\n", encoding="utf-8")
+    assert read_gold_scores(str(table), [1, 2], "one", responses=2) == {"judge": [[0.1, 0.2], [0.3, 0.4]]}
+    with pytest.raises(InputError, match="gold.csv: no row for step 1, row 3$"):
+        read_gold_scores(str(table), [1, 2], "one", responses=3)
+    with pytest.raises(InputError, match="gold.csv: row 1: step 1, row 2, expected the rollouts' 1 rows alone$"):
+        read_gold_scores(str(table), [1, 2], "one", responses=1)
+    table.write_text("step,row,judge\n1,1,0.2\n1,1,0.1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gold.csv: row 2: step 1, row 1 comes twice$"):
+        read_gold_scores(str(table), [1], "one", responses=1)
+    table.write_text("step,row,judge\n1,,0.2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gold.csv: row 1: field 'row' is '', expected a number$"):
+        read_gold_scores(str(table), [1], "one", responses=1)
 
 
 @pytest.mark.parametrize(("column", "what"), [("gold", "another gold"), ("proxy", "what is no gold"), ("length", "what is no gold")])

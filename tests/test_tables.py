@@ -74,10 +74,10 @@ def test_leaderboards_that_are_refused(tmp_path, text, told):
 def test_gold_scores_by_step(tmp_path, capsys):
     path = tmp_path / "gold.csv"
     path.write_text('step,gold,share,note\n500,"1,200",40%,first\n1000,1300,50%,second\n', encoding="utf-8")
-    assert read_gold_scores(str(path), [500, 1000]) == {"gold": {500: 1200.0, 1000: 1300.0}, "share": {500: 40.0, 1000: 50.0}}
+    assert read_gold_scores(str(path), [500, 1000]) == {"gold": [[1200.0], [1300.0]], "share": [[40.0], [50.0]]}
     assert "left out: columns without numbers: 'note'" in capsys.readouterr().err
     path.write_text("step,gold,human\n500,-,1\n1000,1300,2\n", encoding="utf-8")  # the first row used to decide
-    assert read_gold_scores(str(path), [1000]) == {"gold": {1000: 1300.0}, "human": {1000: 2.0}}
+    assert read_gold_scores(str(path), [1000]) == {"gold": [[1300.0]], "human": [[2.0]]}
     with pytest.raises(InputError, match="row 1: field 'gold' is '-', expected a number"):
         read_gold_scores(str(path), [500])
     (tmp_path / "gold.json").write_text('[{"step": 5, "gold": true}, {"step": 6, "gold": 1.0}]', encoding="utf-8")
