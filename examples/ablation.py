@@ -29,6 +29,7 @@ import parts  # noqa: F401 - first, so that a signal is one line from here on
 
 import gzip
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -432,14 +433,20 @@ def draw(kept: Sequence[dict], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- main
 
 
+def kept_cells(settings: AblationSettings) -> list[Cell]:
+    """The cells of the designs that are in the folder of results, those of other seeds too, design by design."""
+    names = [path.name for path in Path(settings.results_dir).glob("*.json")]
+    seeds = {design: [re.fullmatch(rf"{re.escape(design)}-(\d+)\.json", name) for name in names] for design in settings.designs}
+    return [Cell(design, seed, settings) for design, own in seeds.items() for seed in sorted(int(match[1]) for match in own if match)]
+
+
 def main() -> None:
     settings = parse_settings(AblationSettings, description=__doc__)
     cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
     left = [cell for cell in cells if not cell.kept.is_file()]
     failures: list[InputError] = []
-    for cell in cells:
-        if cell not in left:
-            require_own_results(cell)
+    for cell in kept_cells(settings):
+        require_own_results(cell)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
     if left and not settings.status:
         backbone = read_ppo(settings)["model_name"]
@@ -450,7 +457,8 @@ def main() -> None:
         for cell in left:
             require_own_runs(cell)
         failures = run_cells(left, at_once, max(1, cores // at_once))
-    kept = [read_json(cell.kept) for cell in sorted(cells, key=lambda cell: settings.designs.index(cell.design)) if cell.kept.is_file()]
+    cells = kept_cells(settings)
+    kept = [read_json(cell.kept) for cell in cells]
     if kept:
         steps = [[row["step"] for row in cell["curve"]] for cell in kept]
         for cell, own in zip(kept, steps):

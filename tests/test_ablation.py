@@ -50,9 +50,9 @@ def test_the_summary_of_kept_cells(tmp_path):
     (tmp_path / "full-1.json").write_text(
         json.dumps(cell("full", 1, [[0, 0], [1, 1], [2, 2]], [[3, 3], [4, 4], [5, 6]], [[0.5], [0.5], [0.5]]))
     )
-    done = run_script("examples/ablation.py", "--status=true", f"--results_dir={tmp_path}", "--designs", "LI", "full", "--seeds", "1", "2")
+    done = run_script("examples/ablation.py", "--status=true", f"--results_dir={tmp_path}", "--designs", "LI", "full", "--seeds", "1", "3")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 of 4 cells are done; left: full-2\n")
+    assert done.stdout.startswith("2 of 4 cells are done; left: LI-3 full-3\n")  # the table has all seeds that are there
     length, full = read_json(tmp_path / "summary.json")["designs"]
     assert length["seeds"] == [1, 2] and full["seeds"] == [1]
     # Rows gained 2 and 4 with one seed, 4 and 6 with the other: 3 and 5 a row, 3 and 5 a seed.
