@@ -275,13 +275,12 @@ def _figure(target: Path, record: Mapping, size: tuple[float, float], rows: int,
 def draw_line(
     panel, positions: Sequence[float], mean: np.ndarray, band: tuple | None, line: str, color: str, label: str = "", **more: Any
 ) -> None:
-    """A curve with its band, by rising position, without those that are NaN; `label` is its name in a legend."""
+    """A curve with its band, in the order given, which is that of steps, without positions that are NaN; `label` is its name in a legend."""
     x = np.asarray(positions, dtype=float)
-    order = np.argsort(x, kind="stable")
-    order = order[np.isfinite(x[order])]
+    known = np.isfinite(x)
     if band:
-        panel.fill_between(x[order], band[0][order], band[1][order], color=color, alpha=0.16, linewidth=0)
-    panel.plot(x[order], mean[order], line, color=color, label=label, **{"linewidth": 1.2, "markersize": 3.2, **more})
+        panel.fill_between(x[known], band[0][known], band[1][known], color=color, alpha=0.16, linewidth=0)
+    panel.plot(x[known], mean[known], line, color=color, label=label, **{"linewidth": 1.2, "markersize": 3.2, **more})
 
 
 def draw_fit(panel, line: np.ndarray | None, color: str, label: str = "") -> None:

@@ -303,9 +303,9 @@ def test_the_figure(tmp_path, monkeypatch):
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "PPO step", "√KL from the start (KL in nats)"]
     assert [axis.get_title(loc="left") for axis in figure.axes][::2] == ["mean proxy reward", "mean gold reward, its peak dotted"]
     proxy_by_kl = figure.axes[1].lines[0]
-    assert proxy_by_kl.get_xdata() == pytest.approx([0, 1.25**0.5, 1.5**0.5, 2]) and proxy_by_kl.get_ydata() == pytest.approx(
-        [0, 4.1, 2.05, 6.15]
-    )
+    # In the order of steps, also where KL falls.
+    assert proxy_by_kl.get_xdata() == pytest.approx([0, 1.5**0.5, 1.25**0.5, 2])
+    assert proxy_by_kl.get_ydata() == pytest.approx([0, 2.05, 4.1, 6.15])
     assert figure.axes[2].lines[0].get_color() == "#c2570c" and all(len(axis.collections) == 1 for axis in figure.axes)
 
 
@@ -439,7 +439,7 @@ def test_the_figure_of_designs(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert [len(axis.lines) for axis in figure.axes] == [len(axis.collections) for axis in figure.axes] == [2, 2, 2, 2]
     assert figure.axes[3].lines[1].get_xdata() == pytest.approx([0, 1.25**0.5, 2])
-    assert figure.axes[3].lines[0].get_ydata() == pytest.approx([0, -4.1, -2.05, -6.15])
+    assert figure.axes[3].lines[0].get_ydata() == pytest.approx([0, -2.05, -4.1, -6.15])
     spread = np.arange(ROWS).std(ddof=1)
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx(np.array([0, 2.05, 4.1, 6.15]) / spread)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["li: LI", "full <i>run: LI * <b>RP</b>"]
