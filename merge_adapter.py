@@ -87,12 +87,8 @@ def main() -> None:
 
     # 2. The weights.
     import torch
-    from peft import PeftConfig
     from transformers import AutoConfig, AutoTokenizer
 
-    kind = PeftConfig.from_pretrained(adapter.folder)
-    if kind.is_prompt_learning:
-        raise InputError(f"{adapter.folder}: {kind.peft_type.value} for {kind.task_type}, expected weights to add to a causal LM")
     cache = settings.cache_dir or None
     with loading(base, "a causal language model"):
         dtype = AutoConfig.from_pretrained(base, cache_dir=cache, trust_remote_code=False).dtype or torch.float32

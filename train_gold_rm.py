@@ -221,7 +221,8 @@ def train(settings: GoldTrainingSettings, pairs: list[Pair], fingerprint: str, r
     set_seed(settings.seed)
     tokenizer = load_framing_tokenizer(settings.model_name)
     rankings = training_rankings(settings, pairs, tokenizer)
-    config = AutoConfig.from_pretrained(settings.model_name, trust_remote_code=False).get_text_config()
+    with loading(settings.model_name, "a language model"):
+        config = AutoConfig.from_pretrained(settings.model_name, trust_remote_code=False).get_text_config()
     facts = ModelFacts(settings.model_name, getattr(config, "max_position_embeddings", None), config.vocab_size, None)
     facts.require_fit([ids[: settings.max_length] for ranking in rankings for ids in ranking["sequences"]], settings.max_length)
     model = reward_model(settings)

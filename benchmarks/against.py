@@ -48,8 +48,9 @@ class Work:
         policy = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=lora)
         config = PPOConfig(batch_size=ROWS, mini_batch_size=8, gradient_accumulation_steps=1, ppo_epochs=2, learning_rate=1e-5)
         self.trainer = FastPPOTrainer(config, policy, ref_model=None, tokenizer=self.tokenizer)
+        self.prompts = {file: self._prompts(file, field) for file, field in (("train.json", "input"), ("eval.json", "instruction"))}
 
-    def prompts(self, file: str, field: str) -> list[list[int]]:
+    def _prompts(self, file: str, field: str) -> list[list[int]]:
         from parts.chat_templates import encode_prompts, load_template
 
         template = load_template("tokenizer", self.tokenizer)
@@ -62,7 +63,7 @@ class Work:
 
         draw = torch.Generator().manual_seed(0)
         np.random.seed(0)  # of TRL's mini batches
-        prompts = [ids for ids in self.prompts("train.json", "input") if len(ids) < 80][:ROWS]
+        prompts = [ids for ids in self.prompts["train.json"] if len(ids) < 80][:ROWS]
         queries = [torch.randint(100, 40000, (60,), generator=draw) if equal else torch.tensor(ids) for ids in prompts]
         lengths = [64 if equal else 20 + 5 * row for row in range(ROWS)]
         responses = [torch.randint(100, 40000, (length,), generator=draw) for length in lengths]
@@ -72,7 +73,7 @@ class Work:
     def rollouts(self, rows: int) -> int:
         from parts.generation import Decoding, generate_responses
 
-        prompts = self.prompts("eval.json", "instruction")[:rows]
+        prompts = self.prompts["eval.json"][:rows]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).pretrained_model.eval()
         return sum(map(len, generate_responses(model, self.tokenizer, prompts, Decoding(48), rows, 0)))
 
@@ -86,7 +87,7 @@ def work(checkout: str) -> None:
     workers: dict[str, Work] = {}
     for line in sys.stdin:
         what, dtype = line.split()
-        worker = workers[dtype] = workers.get(dtype) or Work(dtype)
+        worker = workers[dtype] = workers.get(dtype) or Work(dtype)  # before the clock starts
         name, _, rows = what.partition("-")
         start = time.process_time()
         tokens = worker.rollouts(int(rows)) if name == "rollouts" else worker.step(equal=name == "equal")

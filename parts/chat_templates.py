@@ -172,7 +172,7 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, a
     """Token ids of answers to learn, with the tokenizer's end of sequence. One that an answer ends with already is that end; elsewhere
     control tokens that it spells out are text."""
     as_text, end = _marker(tokenizer, template), tokenizer.eos_token
-    pieces = [as_text(answer.removesuffix(end).rstrip() if answer.endswith(end) else answer).split(_MARK) for answer in answers]
+    pieces = [as_text(answer.removesuffix(end).rstrip()).split(_MARK) for answer in answers]
     return [
         [*(token for piece in own for token in tokenizer(piece, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
         for own in pieces

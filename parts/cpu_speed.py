@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 ENABLED = True
 ROWS = 96  # that are sampled at a time: products of more rows take as long a row, and the cache grows
+LARGEST_SCORE = 32.0  # of attention: beyond it bf16's rounding is more than 0.06 nats
+# Options of attention that its mask or its caller sees to.
+NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
+             "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings"}  # fmt: skip
 TOKENS = 1024  # in a forward pass without gradients: that many keep a CPU busy, and more fall out of its caches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -242,13 +246,6 @@ def short_sequences(model: nn.Module) -> Iterator[None]:
     """
     with attention_by(model, "eager" if _is_half_on_cpu(model) else "sdpa"):
         yield
-
-
-NO_MATTER = {"position_ids", "cache_position", "past_key_values", "use_cache", "sliding_window", "is_causal", "output_attentions",
-             "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings"}  # options of attention that its mask or its caller sees to  # fmt: skip
-
-
-LARGEST_SCORE = 32.0  # beyond it bf16's rounding of a score is more than 0.06 nats
 
 
 def _attention_to_one(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
