@@ -3,16 +3,14 @@
     python benchmarks/bench_ppo.py                 # SmolLM2-135M, 16 prompts of data/train.json, 64 new tokens, mini batch 2, 4 epochs
     python benchmarks/bench_ppo.py --turns 3
 
-Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. All runs on the GPU where there is one. Memory is what a
-call's peak adds to the process, or to what PyTorch holds of the GPU, before it. The share of the machine's rate is what the model's arithmetic alone would take at the speed of the policy's own frozen
+Stock TRL is `trl.PPOTrainer` with the same policy, untouched: fp32, its own `generate`. All runs on the GPU where there is one. Memory is what the
+tensors of one more step, of one epoch, take at their peak beside the model's own, without the holes of a heap. The share of the machine's rate is what the model's arithmetic alone would take at the speed of the policy's own frozen
 layers run one after another, over the time taken. It counts every sequence by itself, without padding (`parts/counting.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import sys
@@ -32,7 +30,7 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 from benchmarks.products import products_rate
 from parts.chat_templates import encode_prompts, load_template
-from parts.counting import policy_operations
+from parts.counting import Follower, policy_operations
 from parts.cpu_speed import onednn_is_faster, use_onednn
 from parts.files import REPOSITORY
 from parts.models import load_tokenizer
@@ -54,18 +52,23 @@ def make_trainer(cls: type, dtype: torch.dtype = torch.float32) -> PPOTrainer:
     return cls(config, policy, ref_model=None, tokenizer=load_tokenizer(MODEL))
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float, object]:
-    """Seconds, peak memory added in MB, and the result."""
-    gc.collect()
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-    before = memory("VmRSS")
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    """Seconds and the result."""
     start = now()
     result = work()
-    return now() - start, memory("VmHWM") - before, result
+    return now() - start, result
+
+
+def memory(trainer: PPOTrainer, work: Callable[[], object]) -> int:
+    """Bytes of the tensors that `work` adds at its peak."""
+    if not GPU:
+        with Follower(trainer.model) as alive:
+            work()
+        return alive.peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def now() -> float:
@@ -86,14 +89,6 @@ def operations(policy: nn.Module, prompts: list[int], responses: list[int]) -> d
     }
 
 
-def memory(field: str) -> float:
-    """MB of the process now (VmRSS) or at most so far (VmHWM), or of the GPU alike."""
-    if GPU:
-        return (torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
-    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=2)
@@ -109,43 +104,45 @@ def main() -> None:
         "fp32": make_trainer(FastPPOTrainer),
         "bf16": make_trainer(FastPPOTrainer, torch.bfloat16),
     }
-    times: dict[str, dict[str, list[tuple[float, float]]]] = {"generate": {}, "step": {}}
+    speeds: dict[str, dict[str, list[float]]] = {"generate": {}, "step": {}}
     responses, shares = None, {"generate": {}, "step": {}}
     for turn in range(words.turns):
         for name, trainer in trainers.items():
             stock = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} if name == "stock" else {}
             options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0, "top_p": 1.0, **stock}
             torch.manual_seed(turn)
-            seconds, peak, drawn = measured(lambda: trainer.generate(queries, batch_size=BATCH, return_prompt=False, **options))  # noqa: B023
-            times["generate"].setdefault(name, []).append((sum(map(len, drawn)) / seconds, peak))
+            seconds, drawn = timed(lambda: trainer.generate(queries, batch_size=BATCH, return_prompt=False, **options))  # noqa: B023
+            speeds["generate"].setdefault(name, []).append(sum(map(len, drawn)) / seconds)
             responses = responses or drawn  # every trainer learns from the first one's
             spent = {"generate": seconds}
             np.random.seed(turn)
             scores = [torch.tensor(float(len(response)) / 100) for response in responses]
-            seconds, peak, _ = measured(lambda: trainer.step(queries, responses, scores))  # noqa: B023
-            times["step"].setdefault(name, []).append((1 / seconds, peak))
+            seconds, _ = timed(lambda: trainer.step(queries, responses, scores))  # noqa: B023
+            speeds["step"].setdefault(name, []).append(1 / seconds)
             spent["step"] = seconds
             policy = trainer.accelerator.unwrap_model(trainers["bf16" if name == "bf16" else "fp32"].model)
             for part, texts in (("generate", drawn), ("step", responses)):
                 done = operations(policy, [len(query) for query in queries], [len(text) for text in texts])[part]
                 shares[part].setdefault(name, []).append(done / spent[part] / products_rate(policy, 256, now))
-            print(f"  turn {turn + 1} {name}: generate {times['generate'][name][-1][0]:.0f} tokens/s, step {seconds:.1f} s, "
-                  f"peak +{peak:.0f} MB", flush=True)  # fmt: skip
+            print(f"  turn {turn + 1} {name}: generate {speeds['generate'][name][-1]:.0f} tokens/s, step {seconds:.1f} s", flush=True)
+    peaks = {}
+    for name, trainer in trainers.items():
+        trainer.config.ppo_epochs = 1
+        peaks[name] = memory(trainer, lambda: trainer.step(queries, responses, scores))  # noqa: B023
     tokens = [len(query) + len(response) for query, response in zip(queries, responses)]
     print(f"sequences of {min(tokens)} to {max(tokens)} tokens, mean {statistics.fmean(tokens):.0f}; "
           f"{torch.get_num_threads()} threads; oneDNN for fp32: {onednn_is_faster()}")  # fmt: skip
-    for part, found in times.items():
+    for part, found in speeds.items():
         for name in ("fp32", "bf16"):
-            speeds = [ours / theirs for (ours, _), (theirs, _) in zip(found[name], found["stock"])]
-            print(f"{part}, {name}: {statistics.median(speeds):.2f} times as fast as stock ({min(speeds):.2f} to {max(speeds):.2f})")
+            ratios = [ours / theirs for ours, theirs in zip(found[name], found["stock"])]
+            print(f"{part}, {name}: {statistics.median(ratios):.2f} times as fast as stock ({min(ratios):.2f} to {max(ratios):.2f})")
     for part, found in shares.items():
         print(
             f"{part}, share of the machine's product rate: "
             + ", ".join(f"{name} {statistics.median(by):.0%}" for name, by in found.items())
         )
     for name in ("fp32", "bf16"):
-        peaks = [ours / theirs for (_, ours), (_, theirs) in zip(times["step"][name], times["step"]["stock"])]
-        print(f"step, {name}: peak extra memory {statistics.median(peaks):.2f} of stock's ({min(peaks):.2f} to {max(peaks):.2f})")
+        print(f"step, {name}: extra memory {peaks[name] / 1e6:.0f} MB, {peaks[name] / peaks['stock']:.2f} of stock's")
 
 
 if __name__ == "__main__":

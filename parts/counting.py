@@ -55,7 +55,7 @@ def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, **op
     return found.transpose(1, 2).contiguous(), None
 
 
-class _Follower(TorchDispatchMode):
+class Follower(TorchDispatchMode):
     """Counts kernels, and follows the bytes of the tensors that are alive besides a model's own."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,7 +96,7 @@ def trainer_pass(policy: nn.Module, rows: int, prompt: int, response: int, train
     if checkpointing:
         policy.pretrained_model.gradient_checkpointing_enable()
         checkpoint_in_eval_mode(policy)
-    with torch.device("meta"), torch.set_grad_enabled(trained), _Follower(policy) as alive:
+    with torch.device("meta"), torch.set_grad_enabled(trained), Follower(policy) as alive:
         places = torch.zeros(rows * response, dtype=torch.long)
         inputs = {"input_ids": torch.zeros(rows, prompt + response, dtype=torch.long), "rows": places, "columns": places}
         logprobs, _, values = predict_or_forward(policy, **inputs)
@@ -112,7 +112,7 @@ def sampling_kernels(policy: nn.Module, rows: int) -> int:
     """Kernels of a pass over one new token of each row."""
     model = policy.pretrained_model
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), _Follower(policy) as alive:
+    with torch.no_grad(), Follower(policy) as alive:
         model(input_ids=torch.zeros(rows, 1, dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
     return alive.kernels
 

@@ -125,6 +125,17 @@ def use_onednn(model: Model) -> Model:
 # ------------------------------------------------------------------------------------------------- frozen norms, trained LoRA
 
 
+class _NoGraph:
+    """In place of a function's context, where there are no gradients: recording costs as much as a small kernel."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        pass
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: object) -> torch.Tensor:
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_NoGraph(), *inputs)
+
+
 class _RMSNorm(torch.autograd.Function):
     """weight * (x / root of the mean square), as transformers writes it, with a gradient for x alone in a third of the kernels."""
 
@@ -162,9 +173,28 @@ class _LoRA(torch.autograd.Function):
         return gradient, by_x, by_low.t() @ x.flatten(0, -2).float(), (wide.t() @ low).mul_(ctx.scaling), None
 
 
+class _Gated(torch.autograd.Function):
+    """activation(gate) * up, which keeps these two: the activation is computed again in the backward pass. The same kernels otherwise."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.activation(gate)
+        (by_gate,) = torch.autograd.grad(active, gate, gradient * up)
+        return by_gate, active.detach().mul_(gradient), None
+
+
 def _norm(module: nn.Module, eps: float, x: torch.Tensor) -> torch.Tensor:
     if ENABLED and not module.weight.requires_grad and x.device.type == "cpu" and x.dtype == module.weight.dtype:
-        return _RMSNorm.apply(x, module.weight, eps)
+        return _apply(_RMSNorm, x, module.weight, eps)
     return type(module).forward(module, x)
 
 
@@ -176,11 +206,20 @@ def _lora(module: nn.Module, x: torch.Tensor, *args: object, **options: object) 
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if a.bias is not None or b.bias is not None or a.weight.dtype != torch.float32 or (dropout.training and getattr(dropout, "p", 0)):
         return type(module).forward(module, x)
-    return _LoRA.apply(module.base_layer(x), x, a.weight, b.weight, module.scaling[name])
+    return _apply(_LoRA, module.base_layer(x), x, a.weight, b.weight, module.scaling[name])
+
+
+def _gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if ENABLED and x.device.type == "cpu":
+        return module.down_proj(_apply(_Gated, module.gate_proj(x), module.up_proj(x), module.act_fn))
+    return type(module).forward(module, x)
 
 
 def fewer_kernels(model: Model) -> Model:
-    """Let a model's frozen RMS norms and its LoRA layers take fewer kernels on a CPU, wherever they compute what is known here."""
+    """Let a model's frozen RMS norms and its LoRA layers take fewer kernels on a CPU, wherever they compute what is known here.
+
+    Gated layers keep less for the backward pass.
+    """
     from peft.tuners.lora import Linear
 
     for module in model.modules() if ENABLED else ():
@@ -189,7 +228,22 @@ def fewer_kernels(model: Model) -> Model:
             module.forward = functools.partial(_lora, module)
         elif type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain_norm(module, eps):
             module.forward = functools.partial(_norm, module, eps)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")) and _is_gated(module):
+            module.forward = functools.partial(_gated, module)
     return model
+
+
+@torch.no_grad()
+def _is_gated(module: nn.Module) -> bool:
+    """Whether a layer is down(activation(gate(x)) * up(x)) to the bit, tried on a few numbers, and its activation has no weights."""
+    weight = getattr(module.gate_proj, "weight", None)
+    if weight is None or weight.device.type != "cpu" or any(True for _ in getattr(module.act_fn, "parameters", tuple)()):
+        return False
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    try:
+        return torch.equal(_gated(module, x), type(module).forward(module, x))
+    except (RuntimeError, TypeError, ValueError):  # it takes something else
+        return False
 
 
 @torch.no_grad()

@@ -132,11 +132,11 @@ class TokenLogProbs(torch.autograd.Function):
                 with torch.set_grad_enabled(wants_gradient):
                     states = hidden[part].detach().requires_grad_(wants_gradient)
                     own = way(states)
-            by_logit = torch.empty_like(own) if wants_gradient else own.new_empty(len(own), 0)
+            by_logit = own if way.is_product else torch.empty_like(own)  # gradients take the logits' place, which the graph may need
             few = max(1, LOGITS_IN_CACHE // weight.shape[0]) if own.device.type == "cpu" else size
             tables = own.detach(), labels[part, None], logprobs[part, None], entropies[part, None], by_logit
             for piece, label, logprob, entropy, by_piece in zip(*(table.split(few) for table in tables)):
-                logits = piece.to(torch.float32, copy=not way.is_product)  # else the graph may need them
+                logits = piece.to(torch.float32, copy=not way.is_product)
                 logits -= logits.amax(dim=1, keepdim=True)
                 chosen = logits.gather(1, label)
                 weights = logits.exp()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_families import VOCABULARY, build, policy
+from torch import nn
 
 from parts import cpu_speed
 from parts.batching import pad, shared_start
@@ -119,6 +122,7 @@ def test_fewer_kernels_give_the_same_gradients(family, norms):
     cpu_speed.fewer_kernels(fast)
     swapped = [type(module).__name__ for module in fast.modules() if "forward" in vars(module)]
     assert sum(name.endswith("RMSNorm") for name in swapped) == norms and swapped.count("Linear") == 4
+    assert sum(name.endswith("MLP") for name in swapped) == 2
     assert list(fast.state_dict()) == list(plain.state_dict())
     for _ in range(2):
         expected, found = states_and_gradients(plain), states_and_gradients(fast)
@@ -128,6 +132,47 @@ def test_fewer_kernels_give_the_same_gradients(family, norms):
         for one in (plain, fast):
             for name, weight in one.named_parameters():
                 weight.data.mul_(1.5 if "norm" in name or "lora" in name else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_layer_keeps_two_tables_for_the_same_gradients(dtype):
+    """To the bit; transformers' own keeps a third, the activation."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+    torch.manual_seed(0)
+    plain = LlamaMLP(LlamaConfig(hidden_size=6, intermediate_size=10, num_attention_heads=1)).to(dtype).requires_grad_(False)
+    fast = cpu_speed.fewer_kernels(copy.deepcopy(plain))
+    found = []
+    for layer in (plain, fast):
+        x, kept = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda table, kept=kept: kept.setdefault(table.data_ptr(), table), lambda table: table
+        ):
+            states = layer(x)
+        states.float().square().sum().backward()
+        found.append((states, x.grad, [tuple(table.shape) for table in kept.values()].count((3, 5, 10))))
+    (states, gradient, tables), (own_states, own_gradient, own_tables) = found
+    assert torch.equal(own_states, states) and torch.equal(own_gradient, gradient)
+    assert (tables, own_tables) == (3, 2)
+
+
+def test_layers_that_are_gated_otherwise_stay_as_they_are():
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+    class Doubled(LlamaMLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Learned(nn.SiLU):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(1))
+
+    config = LlamaConfig(hidden_size=6, intermediate_size=10, num_attention_heads=1)
+    trained = LlamaMLP(config)
+    trained.act_fn = Learned()
+    for layer in (Doubled(config), trained):
+        assert "forward" not in vars(cpu_speed.fewer_kernels(layer))
 
 
 def test_an_adapter_that_is_off_stays_off():
