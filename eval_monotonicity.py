@@ -137,6 +137,8 @@ class MonotonicitySettings(Settings):
             raise InputError("--rollouts are ranked beside a leaderboard, expected --gold_scores FILE and no --gold_model")
         if self.all_designs and not (self.rollouts or self.best_of_n):
             raise InputError("--all_designs is for --rollouts and --best_of_n; a run is judged by its own design")
+        if self.designs and self.all_designs:
+            raise InputError("--designs and --all_designs are both given, expected one of them")
         if (self.designs or self.write_best) and not self.best_of_n:
             raise InputError("--designs and --write_best are for samples, expected --best_of_n FILE")
         if self.best_of_n and self.gold_scores:

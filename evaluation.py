@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from parts.adapters import check_adapter
-from parts.chat_templates import TOKENIZER_OWN
+from parts.chat_templates import TOKENIZER_OWN, own_source
 from parts.cli import Settings, parse_settings, setting
 from parts.data_checks import check_rows
 from parts.errors import InputError, run_main
@@ -110,7 +110,11 @@ class EvaluationSettings(Settings):
     overwrite: bool = setting(False, "replace the files of an earlier run")
 
     def __post_init__(self) -> None:
+        if self.peft_model_name and not any(self.peft_model_name):
+            raise InputError("--peft_model_name is empty, expected checkpoints (without the flag: the base model itself)")
         super().__post_init__()
+        if self.engine == "vllm" and self.device:
+            raise InputError("--device is for --engine hf: CUDA_VISIBLE_DEVICES says which GPU vLLM takes")
         if self.engine == "vllm" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError("--engine vllm runs in one process, expected no launcher with several")
         unknown = [name for name in self.evaluations if name not in EVALUATIONS]
@@ -142,9 +146,10 @@ def read_decoding(settings: EvaluationSettings, evaluation: str) -> Decoding:
     try:
         table = yaml.safe_load(read_text(settings.decoding))
         values = dict(table[evaluation])
-        values |= {"max_new_tokens": settings.max_new_tokens} if settings.max_new_tokens else {}
-        values |= {"temperature": settings.temperature} if settings.temperature >= 0 else {}
-        values |= {"top_p": settings.top_p} if settings.top_p else {}
+        if evaluation == "alpaca" or "alpaca" not in settings.evaluations:  # beside it SuperNI is as published
+            values |= {"max_new_tokens": settings.max_new_tokens} if settings.max_new_tokens else {}
+            values |= {"temperature": settings.temperature} if settings.temperature >= 0 else {}
+            values |= {"top_p": settings.top_p} if settings.top_p else {}
         decoding = Decoding(**values)
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         message = str(error).splitlines()[0]
@@ -189,7 +194,7 @@ def template_name(settings: EvaluationSettings, point: Checkpoint, tokenizer: Pr
     named = settings.chat_template_name or point.trained.get("chat_template_name") or point.record.get("template")
     if named or not isinstance(point, BaseModel):
         return named or "alpaca"
-    name = TOKENIZER_OWN if isinstance(tokenizer.chat_template, str) else "alpaca"
+    name = TOKENIZER_OWN if own_source(tokenizer) else "alpaca"
     why = "its tokenizer's own" if name == TOKENIZER_OWN else "'alpaca', since its tokenizer has none"
     if is_first_process():
         print(f"{settings.base_model_name}: no record names a chat template, prompts have {why} (--chat_template_name names another)")
@@ -235,14 +240,14 @@ def plan(
 
     from parts.chat_templates import encode_rows
     from parts.sampling import end_tokens
-    from parts.superni import superni_prompt
+    from parts.superni import superni_prompts
 
     prompts: dict[tuple[str, str], list[list[int]]] = {}  # by evaluation and template: checkpoints share them
     for template in templates.values():
         if "alpaca" in settings.evaluations and ("alpaca", template.name) not in prompts:
-            prompts["alpaca", template.name] = encode_rows(tokenizer, template, data, "instruction")
+            prompts["alpaca", template.name] = encode_rows(tokenizer, template, data, "instruction", settings.data_path)
         if "superni" in settings.evaluations and ("superni", template.name) not in prompts:
-            prompts["superni", template.name] = [superni_prompt(instance, template, tokenizer) for instance in instances]
+            prompts["superni", template.name] = superni_prompts(instances, template, tokenizer)
     paths = {"alpaca": rollouts_path, "superni": superni_path}
     empty = [""] * len(data)
     every_column = {

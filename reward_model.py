@@ -443,6 +443,10 @@ class RewardSettings(ProxySettings):
         return self.functions or reward_name(asdict(self))
 
     @property
+    def design(self) -> str:
+        return super().design if self.is_proxy else self.named
+
+    @property
     def is_proxy(self) -> bool:
         return not (self.reward_function or self.reward_model_name)
 
@@ -511,31 +515,38 @@ def proxy_of_run(trained: Mapping, batch_size: int = 8, typed: Mapping | None = 
         trained: the run's recorded settings; empty where there is no record.
         batch_size: rows per batch of the reward's models.
         typed: settings that the user gave; None is as good as not given.
+
+    Raises:
+        InputError: a record that describes no reward, or settings that the user gave and this reward does not read.
     """
     names = {field.name for field in fields(RewardSettings)}
     found = {name: value for name, value in trained.items() if name in names}
+    given = {name: value for name, value in (typed or {}).items() if name in names and value is not None}
+    another = bool(given.get("reward_function") or given.get("reward_model_name"))
     if found.get("reward_model_name"):
-        print("trained against a reward model: judged by the full proxy design")
-        found = {"relevance_model_name": found["relevance_model_name"]}
-    without_idle_settings(found)
+        if not another:
+            print("trained against a reward model: judged by the full proxy design")
+        found = {name: value for name, value in found.items() if name == "relevance_model_name"}
     try:
-        RewardSettings(**{**FULL_DESIGN, **found})
+        RewardSettings(**{**FULL_DESIGN, **without_idle_settings(found, found)})
     except InputError as error:
         raise InputError(f"the run's record: {error}") from None
+    if another:  # the recorded functions' weights are not these ones'
+        found = {name: value for name, value in found.items() if name not in ("reward_function", "reward_weights")}
     found |= {"reward_model_batch_size": batch_size}
-    found |= {name: value for name, value in (typed or {}).items() if name in names and value is not None}
-    without_idle_settings(found)
-    return RewardSettings(**{**FULL_DESIGN, **found})
+    return RewardSettings(**{**FULL_DESIGN, **without_idle_settings(found, found | given), **given})
 
 
-def without_idle_settings(settings: dict) -> None:
-    """A length target counts only where LI is on, and some settings only of reward models: other runs may have recorded them."""
-    if not settings.get("length_incentive", True):
-        settings["length_target"] = 0
-    if not settings.get("reward_model_name"):
-        settings.pop("reward_offload", None)
-    if settings.get("reward_ensemble") != "uwo":
-        settings.pop("uwo_coefficient", None)
+def without_idle_settings(recorded: Mapping, settings: Mapping) -> dict:
+    """A length target counts only where LI is on, and some settings only of reward models: other runs may have recorded them.
+
+    Returns:
+        Those of `recorded` that count beside all the `settings`.
+    """
+    idle = set() if settings.get("length_incentive", True) else {"length_target"}
+    idle |= set() if settings.get("reward_model_name") else {"reward_offload"}
+    idle |= set() if settings.get("reward_ensemble") == "uwo" else {"uwo_coefficient"}
+    return {name: value for name, value in recorded.items() if name not in idle}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import functools
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ class PPOSettings(RewardSettings):
     load_in_4bit: bool = setting(False, "base weights in 4 bits under LoRA (bitsandbytes, nf4)")
     lora_r: int = setting(8, "LoRA rank", least=1)
     lora_alpha: int = setting(16, "LoRA scale is lora_alpha / lora_r", least=1)
-    lora_dropout: float = setting(0.05, "LoRA dropout; PPO's losses run in eval mode, where it does not act")
+    lora_dropout: float = setting(0.05, "LoRA dropout, below 1; PPO's losses run in eval mode, where it does not act", least=0)
     lora_target_modules: list[str] = setting(["q_proj", "v_proj"], "modules that carry LoRA")
 
     init_kl_coef: float = setting(0.2, "KL coefficient at the start", least=0, group=("KL", "How far the policy may leave its start."))
@@ -159,8 +159,19 @@ class PPOSettings(RewardSettings):
             )
         if self.batch_size < 2:
             raise InputError("--batch_size is 1, expected at least 2: each process whitens the advantages of its own batch")
-        if self.warmup_ratio >= 1:
-            raise InputError(f"--warmup_ratio is {self.warmup_ratio}, expected less than 1")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected less than 1")
+        default = {field.name: field.default for field in fields(self)}
+        for is_read, reader, names in (
+            (self.use_optimizer_setup, "--use_optimizer_setup=true", ["warmup_ratio"]),
+            (self.early_stopping, "--early_stopping=true", ["target_kl"]),
+            (self.adap_kl_ctrl, "--adap_kl_ctrl=true", ["adap_kl_target", "adap_kl_horizon"]),
+            (self.rollout_engine == "vllm", "--rollout_engine vllm", ["vllm_gpu_memory_utilization"]),
+        ):
+            for name in [] if is_read else names:
+                if getattr(self, name) != default[name]:
+                    raise InputError(f"--{name} is {getattr(self, name)}, which nothing reads without {reader}")
         if self.value_warmup_steps >= self.overall_steps:
             raise InputError(f"--value_warmup_steps is {self.value_warmup_steps}, expected fewer than overall_steps = {self.overall_steps}")
         check_bits(self.load_in_8bit, self.load_in_4bit)
@@ -335,10 +346,11 @@ def main() -> None:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
-    from parts.ppo_setup import make_trainer
+    from parts.ppo_setup import check_same_start, make_trainer
     from parts.sampling import Decoding, end_tokens
 
     trainer = make_trainer(settings, tokenizer)
+    check_same_start(begin.folder, begin.step)
     trainer.ends = end_tokens(tokenizer, model.generation, template)
     accelerator = trainer.accelerator
     engine = load_engine(settings, trainer)

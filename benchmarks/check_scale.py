@@ -12,17 +12,20 @@ gives all of them back; what its heap keeps otherwise, `--malloc_heap=true` show
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.memory import map_every_tensor, peak_added
 from benchmarks.scale import CONFIGS, load_config
 from parts.cli import Settings, parse_settings, setting
 from parts.errors import run_main
 from parts.models import check_model_name, load_tokenizer, loading
+
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's malloc.h
 
 
 @dataclass
@@ -62,6 +65,16 @@ def make_trainer(settings: CheckSettings):
     return FastPPOTrainer(PPOConfig(**sizes), policy, ref_model=None, tokenizer=tokenizer)
 
 
+def resident(field: str) -> int:
+    """Bytes of this process in memory, or of PyTorch's tensors on a GPU: VmRSS now, VmHWM at its peak."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def main() -> None:
     settings = parse_settings(CheckSettings, description=__doc__)
     if settings.model_name not in CONFIGS:
@@ -72,8 +85,10 @@ def main() -> None:
     from parts.counting import meta_policy, policy_operations, rows_per_pass, torchs_counter, trainer_pass
 
     # 1. Measured.
+    libc = ctypes.CDLL(None)
     if not settings.malloc_heap:
-        map_every_tensor()
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        libc.mallopt(M_MMAP_MAX, 2**20)
     cpu_speed.ENABLED = False
     trainer = make_trainer(settings)
     rows, lengths = settings.batch_size, (settings.prompt_tokens, settings.response_tokens)
@@ -83,7 +98,15 @@ def main() -> None:
     with torchs_counter() as counter:
         trainer.step(*batch)
     operations = counter.get_total_flops()
-    memory = peak_added(lambda: trainer.step(*batch))
+    gc.collect()
+    libc.malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    before = resident("VmRSS")
+    trainer.step(*batch)
+    memory = resident("VmHWM") - before
 
     # 2. Counted.
     policy = meta_policy(config, settings, settings.dtype)

@@ -121,11 +121,17 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict]:
     elif kind == ".json" and read_text(path).lstrip("\ufeff \t\r\n").startswith("{"):
         rows = _json_lines(path)
     else:
-        rows = read_rows(path, {})
-    rows = whole_prompts(rows, path)
+        rows = read_rows(path, {}, as_they_are=True)
+    rows = whole_prompts([_without_unread_turns(row, columns) for row in rows], path)
     for number, row in enumerate(rows, start=1):
         _require_columns(row, columns, f"{path}: row {number}")
     return rows
+
+
+def _without_unread_turns(row: dict, columns: Sequence[str]) -> dict:
+    """A row without a conversation that nothing is asked of: the columns are all there beside it, and none is made of it."""
+    unread = columns and set(columns) <= row.keys() and not {"input", "instruction"} & set(columns)
+    return {name: value for name, value in row.items() if not (unread and name == "messages")}
 
 
 def whole_prompts(rows: Sequence[dict], path: Path) -> list[dict]:

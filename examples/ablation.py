@@ -47,7 +47,7 @@ from parts.cli import Settings, parse_settings, setting
 from parts.errors import InputError, run_main
 from parts.files import atomic_path, digest, file_digest, is_same_path, read_json, write_json
 from parts.gold_settings import GoldSettings, short_names
-from parts.models import model_identity
+from parts.models import check_model_name, model_identity
 from parts.overlap import rouge_l
 from parts.rank_statistics import together
 from parts.rows import read_rows
@@ -445,10 +445,15 @@ def main() -> None:
     cells = [Cell(design, seed, settings) for seed in settings.seeds for design in settings.designs]
     left = [cell for cell in cells if not cell.kept.is_file()]
     failures: list[InputError] = []
+    read_rows(settings.data_path, {"instruction": None})
+    begins = bool(left) and not settings.status
+    GoldSettings().check_gold([*settings.judges, *(settings.gold_model if begins else [])])
+    if begins and LEARNED in settings.designs:
+        check_model_name(settings.reward_model)
     for cell in kept_cells(settings):
         require_own_results(cell)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done; left: {' '.join(cell.name for cell in left) or 'none'}", flush=True)
-    if left and not settings.status:
+    if begins:
         backbone = read_ppo(settings)["model_name"]
         if not Path(backbone).is_dir():
             raise InputError(f"{settings.ppo_config}: {backbone}: no such folder; `make outputs/demo_backbone` makes the demo's")
@@ -467,7 +472,7 @@ def main() -> None:
                     f"{settings.results_dir}: {cell['name']} has the steps {own}, expected {steps[0]} as {kept[0]['name']} has"
                 )
         if len({cell.get("kl_of", TRAINING) for cell in kept}) > 1:
-            print(f"KL of some cells is of {TRAINING}, of others of {DEVELOPMENT}: the two are not compared")
+            print(f"KL of some cells is of {TRAINING}, of others of {DEVELOPMENT}; means take both")
         entries = summarise(kept)
         results = Path(settings.results_dir)
         with atomic_path(results / "table.md") as temporary:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from parts.errors import InputError
 from parts.files import JsonLines, digest, file_digest
+from parts.locks import hold
 from parts.models import check_model_name
 from parts.qtype_classifier import PROBE, QtypeClassifier, cross_validate, embed, label_logprobs, label_prompt, require_both_labels
 from parts.rows import QTYPES, read_rows
@@ -359,8 +360,12 @@ def classify(
         rows, texts = rows_and_instructions(train_from)
         read_rows(train_from, {"qtype": QTYPES})
         constrained = np.array([row["qtype"] == "CONSTRAINED" for row in rows])
-        require_both_labels(constrained, train_from)
-    classifier = None if train_from else QtypeClassifier.load(path)
+        require_both_labels(texts, constrained, train_from)
+        hold(path)
+    own = {"digest": file_digest(train_from), "encoder": encoder_name, "seed": seed} if train_from else {}
+    classifier = QtypeClassifier.load(path) if path.is_file() or not train_from else None
+    if classifier and any(classifier.record.get(name) != value for name, value in own.items()):
+        raise InputError(f"{path}: exists already, trained on other rows, another encoder or seed; expected another --model")
     check_model_name(encoder_name)
 
     from parts.relevance import RelevanceModel
@@ -376,8 +381,7 @@ def classify(
             f"the commoner label {measured['majority']:.4f}; by fold {', '.join(f'{value:.4f}' for value in measured['by_fold'])})"
         )
         record = provenance(
-            train_from=train_from, digest=file_digest(train_from), rows=len(rows), encoder=encoder_name,
-            seed=seed, cross_validation=measured,
+            train_from=train_from, rows=len(rows), cross_validation=measured, **own,
         )  # fmt: skip
         classifier = QtypeClassifier.fit(texts, vectors, constrained, probe, record)
         classifier.save(path)

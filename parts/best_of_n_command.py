@@ -72,12 +72,10 @@ def judge_best_of_n(
     # 2. Scores.
     totals = [score_choice(choice, proxies) for choice in choices]
     record = provenance(settings={**asdict(settings), **asdict(gold_settings), **typed}, model=settings.gold_model)
-    if settings.write_best:
+    scores, dtypes = score_samples(golds, opened, choices, also) if golds else ([], {})
+    if settings.write_best:  # a file that must be new: last, so that what was interrupted can be repeated
         (proxy,) = totals[0].values()
         write_best(settings.write_best, choices[0], proxy, record)
-    if not golds:
-        return []
-    scores, dtypes = score_samples(golds, opened, choices, also)
 
     # 3. The answer.
     curves = []

@@ -54,14 +54,12 @@ class ChatTemplate:
     def render_row(self, row: Mapping, field: str) -> str:
         """The prompt of a row: its turns where it keeps several (`messages`), else its field's text.
 
-        Only a tokenizer's own template knows a system turn; for the others it begins the user's first one.
+        Only a tokenizer's own template knows a system turn; for the others it begins the user's next one.
         """
         turns = row.get("messages") or []
         if len(turns) < 2:
             return self.render(row[field])
-        if self.name != TOKENIZER_OWN and turns[0]["role"] == "system":
-            turns = [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
-        return self.render_chat(turns, add_generation_prompt=True)
+        return self.render_chat(turns if self.name == TOKENIZER_OWN else _without_system(turns), add_generation_prompt=True)
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Render `messages` ({"role", "content"}) through transformers' own Jinja machinery. Raises InputError where the template fails."""
@@ -97,9 +95,25 @@ class ChatTemplate:
         return text.strip("\n ")
 
 
-def own_source(source: str) -> str:
-    """A tokenizer's template; where it prints today's date, the same date on every day."""
-    if "strftime_now" not in source:
+def _without_system(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Turns whose last one is the user's, with each system turn at the beginning of the user's next one."""
+    found, waiting = [], []
+    for turn in turns:
+        if turn["role"] == "system":
+            waiting.append(turn["content"])
+        elif turn["role"] == "user":
+            found.append({"role": "user", "content": "\n\n".join([*waiting, turn["content"]])})
+            waiting = []
+        else:
+            found.append(dict(turn))
+    return found
+
+
+def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A tokenizer's template, of several named ones the default; where it prints today's date, the same date on every day."""
+    source = tokenizer.chat_template
+    source = source.get("default") if isinstance(source, dict) else source
+    if source is None or "strftime_now" not in source:
         return source
     say_once(f"chat template 'tokenizer': it prints today's date, which is {_DAY} on every day here")
     return f"{{%- macro strftime_now(format) %}}{_DAY}{{% endmacro %}}{source}"
@@ -128,11 +142,13 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
             raise InputError(
                 "chat template 'tokenizer': no chat template of its own is known: no record names the model, expected a template by name"
             )
-        if not isinstance(tokenizer.chat_template, str):
-            raise InputError("chat template 'tokenizer': this tokenizer has no chat template of its own")
+        source = own_source(tokenizer)
+        if source is None:
+            several = f", but others called {', '.join(tokenizer.chat_template)}" if tokenizer.chat_template else ""
+            raise InputError(f"chat template 'tokenizer': this tokenizer has no chat template of its own{several}")
         special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         stops = tuple(sorted({str(token) for token in tokenizer.all_special_tokens}))
-        own = ChatTemplate(name, own_source(tokenizer.chat_template), stops, stops, special)
+        own = ChatTemplate(name, source, stops, stops, special)
         if (count := own.render(_MARK).count(_MARK)) != 1:
             raise InputError(f"chat template 'tokenizer': a prompt holds the instruction {count} times, expected once")
         return own
@@ -159,13 +175,22 @@ def _load_file(path: Path) -> ChatTemplate:
     return ChatTemplate(path.stem, source, *lists)
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Sequence[Mapping], field: str) -> list[list[int]]:
-    """Token ids of the prompts of rows (`render_row`). A control token that a row's text spells out is text, not a control token."""
-    as_text = _marker(tokenizer, template)
-    turns = [[{**turn, "content": as_text(turn["content"])} for turn in row.get("messages") or []] for row in rows]
-    return encode_prompts(
-        tokenizer, [template.render_row({field: as_text(row[field]), "messages": own}, field) for row, own in zip(rows, turns)]
-    )
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Sequence[Mapping], field: str, file: str = ""
+) -> list[list[int]]:
+    """Token ids of the prompts of rows (`render_row`). A control token that a row's text spells out is text, not a control token.
+
+    Raises:
+        InputError: a row that the template does not take, a system turn for some; it names the `file` that they are from, if any.
+    """
+    as_text, prompts = _marker(tokenizer, template), []
+    for number, row in enumerate(rows, start=1):
+        turns = [{**turn, "content": as_text(turn["content"])} for turn in row.get("messages") or []]
+        try:
+            prompts.append(template.render_row({field: as_text(row[field]), "messages": turns}, field))
+        except InputError as error:
+            raise InputError(f"{file}: row {number}: {error}" if file else str(error)) from None
+    return encode_prompts(tokenizer, prompts)
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, answers: Sequence[str]) -> list[list[int]]:

@@ -252,8 +252,10 @@ def parse_settings(
     every = [*classes, _all_optional(typed_only, otherwise)] if typed_only else classes
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config_parser = _Parser(add_help=False)
-    config_parser.add_argument("--config", type=found_path)
+    config_parser.add_argument("--config", type=found_path, action="append", default=[])
     known, rest = config_parser.parse_known_args(arguments)
+    if len(known.config) > 1:
+        raise InputError(f"--config is given {len(known.config)} times, expected one file")
     fields = [field for cls in every for field in dataclasses.fields(cls)]
     words = " ".join(field.name.upper() for field in fields if not field.init)
     usage = f"%(prog)s {words} [--setting=value ...]" if words else "%(prog)s [--setting=value ...]"
@@ -262,7 +264,7 @@ def parse_settings(
     for field in fields:
         if not field.init:
             parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
-    values = vars(parser.parse_args(_words_of_yaml({field.name for field in fields}, known.config) + rest))
+    values = vars(parser.parse_args(_words_of_yaml({field.name for field in fields}, *known.config) + rest))
     parsed: list = []
     for cls in classes:
         settings = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
@@ -292,7 +294,15 @@ def _all_optional(cls: type, otherwise: str) -> type:
 
 
 class _Words(yaml.SafeLoader):
-    """YAML whose scalars stay the texts that are written, except null: 010 is no octal, and 1.10 a name."""
+    """YAML whose scalars stay the texts that are written, except null: 010 is no octal, and 1.10 a name. A key comes once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ValueError(f"{key.value!r} comes twice, the second time at line {key.start_mark.line + 1}")
+            seen.add(key.value if isinstance(key.value, str) else "")
+        return super().construct_mapping(node, deep)
 
 
 _Words.yaml_implicit_resolvers = {
@@ -301,7 +311,7 @@ _Words.yaml_implicit_resolvers = {
 }
 
 
-def _words_of_yaml(names: set[str], path: str | None) -> list[str]:
+def _words_of_yaml(names: set[str], path: str = "") -> list[str]:
     """The settings of a YAML file as words of a command line, so both are read by the same rules. A null is not given."""
     if not path:
         return []

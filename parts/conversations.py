@@ -18,7 +18,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, query: str, response
     left, after a first BOS or CLS. A template that fails without a system turn gets an empty one.
 
     Raises:
-        InputError: neither a chat template nor a token that ends a pair: where the question ends, and the answer, could not be told.
+        InputError: several chat templates without a default, or neither one nor a token that ends a pair: where the question ends, and the answer, could not be told.
     """
     return encode_row(tokenizer, query, response, max_length)[0]
 
@@ -32,7 +32,12 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, query: str, response: str, ma
             raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template, and nothing that ends a pair of texts")
         return found["input_ids"], found.get("token_type_ids", [0] * len(found["input_ids"]))
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    template = ChatTemplate(TOKENIZER_OWN, own_source(tokenizer.get_chat_template()), (), (), special)
+    source = own_source(tokenizer)
+    if source is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: its chat templates are {', '.join(tokenizer.chat_template)}, expected one called default"
+        )
+    template = ChatTemplate(TOKENIZER_OWN, source, (), (), special)
     turns = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
     try:
         text = template.render_chat(turns, add_generation_prompt=False)

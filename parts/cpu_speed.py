@@ -237,7 +237,9 @@ def fewer_kernels(model: Model) -> Model:
 def _is_gated(module: nn.Module) -> bool:
     """Whether a layer is down(activation(gate(x)) * up(x)) to the bit, tried on a few numbers, and its activation has no weights."""
     weight = getattr(module.gate_proj, "weight", None)
-    if weight is None or weight.device.type != "cpu" or any(True for _ in getattr(module.act_fn, "parameters", tuple)()):
+    if weight is None or weight.device.type != "cpu" or not weight.is_floating_point():
+        return False
+    if any(True for _ in getattr(module.act_fn, "parameters", tuple)()):
         return False
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     try:

@@ -283,7 +283,11 @@ def _examine_texts(report: Report, row: dict, number: int, long_text: int, token
             continue
         report.lengths[f"{name} words"][len(text.split())] += 1
         if tokens is not None and lone_surrogate(text) is None:
-            count = tokens.of_output(text) if name == "output" else tokens.of_prompt(row, name)
+            try:
+                count = tokens.of_output(text) if name == "output" else tokens.of_prompt(row, name)
+            except InputError as error:
+                report.add(Problem("no prompt", str(error), number))
+                continue
             report.lengths[f"{name} tokens"][count] += 1
             if name == "input" and (problem := too_long(count, tokens.max_prompt_length)):
                 report.add(Problem("long prompt", problem, number))

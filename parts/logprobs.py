@@ -132,7 +132,8 @@ class TokenLogProbs(torch.autograd.Function):
                 with torch.set_grad_enabled(wants_gradient):
                     states = hidden[part].detach().requires_grad_(wants_gradient)
                     own = way(states)
-            by_logit = own if way.is_product else torch.empty_like(own)  # gradients take the logits' place, which the graph may need
+            # Gradients take the logits' place, unless the graph needs these.
+            by_logit = own if way.is_product or not wants_gradient else torch.empty_like(own)
             few = max(1, LOGITS_IN_CACHE // weight.shape[0]) if own.device.type == "cpu" else size
             tables = own.detach(), labels[part, None], logprobs[part, None], entropies[part, None], by_logit
             for piece, label, logprob, entropy, by_piece in zip(*(table.split(few) for table in tables)):

@@ -159,11 +159,11 @@ def loading(name_or_path: str, what: str) -> Iterator[None]:
     """Turn "not found", "hub not reachable" and "not such a model" into one line. `what`: a policy, a tokenizer ...
 
     Raises:
-        InputError: the block raised OSError or ValueError, with their first line.
+        InputError: the block raised OSError, ValueError or ImportError (quantised weights want packages), with their first line.
     """
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name_or_path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
@@ -208,12 +208,13 @@ class ModelFacts:
     def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
         """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""
         self.require_ids(prompts)
-        longest = max(map(len, prompts))
+        lengths = list(map(len, prompts))
+        longest = max(lengths)
         if self.positions is not None and longest + new_tokens > self.positions:
-            raise InputError(
-                f"{self.name}: it has {self.positions} positions, and the longest prompt has {longest} tokens: "
-                f"{flag} is {new_tokens}, expected at most {max(self.positions - longest, 0)}"
-            )
+            told = f"{self.name}: it has {self.positions} positions, and the longest prompt, row {lengths.index(longest) + 1}, has {longest} tokens"
+            if longest >= self.positions:
+                raise InputError(f"{told}, expected fewer: no token of a response has room")
+            raise InputError(f"{told}: {flag} is {new_tokens}, expected at most {self.positions - longest}")
 
 
 def read_facts(name_or_path: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None = None) -> ModelFacts:

@@ -236,9 +236,13 @@ def make_room(begin: Start) -> None:
 
 
 def prune(output_dir: str, limit: int) -> None:
-    """After a checkpoint: remove the oldest ones beyond the newest `limit`, never the start (0 keeps all), and an interrupted run's state."""
+    """After a checkpoint: remove the oldest ones beyond the newest `limit`, never the start (0 keeps all), and an interrupted run's state.
+
+    A broken one does not count: the run that reaches its step replaces it.
+    """
     if limit:
-        for path in [point.folder for point in folders_of(output_dir) if point.step and _is_state(point.folder)][:-limit]:
+        whole = [point.folder for point in folders_of(output_dir) if point.step and _is_state(point.folder) and fault(point.folder) is None]
+        for path in whole[:-limit]:
             remove_folder(path)
     if _is_state(interrupted_path(output_dir)):
         remove_folder(interrupted_path(output_dir))

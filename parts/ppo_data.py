@@ -52,7 +52,7 @@ def read_prompts(
     """
     rows = check_rows(path, {"input": None, **fields}, against)
     prompts = []
-    encoded = encode_rows(tokenizer, template, rows, "input")
+    encoded = encode_rows(tokenizer, template, rows, "input", str(path))
     for number, (row, tokens) in enumerate(zip(rows, encoded), start=1):
         problem = too_long(len(tokens), max_length)
         if problem is None:

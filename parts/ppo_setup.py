@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -49,11 +50,22 @@ def make_trainer(settings, tokenizer: PreTrainedTokenizerBase) -> FastPPOTrainer
 
 def check_launch(accelerator: Accelerator) -> None:
     """Raises InputError for a launch whose state no checkpoint holds, or whose rollouts are drawn in another precision than they are learnt."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED):
+        raise InputError(f"launched as {kind.value}, expected one process, several (MULTI_GPU, MULTI_CPU), or DeepSpeed")
     plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
     if precision != "no" and (plugin is None or precision != "bf16"):
         raise InputError(f"mixed precision {precision}, expected none (--bf16=true is for bf16 base weights), or DeepSpeed with bf16")
     if plugin is not None and plugin.zero_stage == 3:
         raise InputError("DeepSpeed with ZeRO stage 3, expected stage 2 as in configs/zero2-bf16.yaml")
+
+
+def check_same_start(folder: Path | None, step: int) -> None:
+    """Raises InputError where processes begin at different checkpoints: each has looked for its own."""
+    starts = gather_object([(str(folder), step)])
+    if other := next((start for start in starts if start != starts[0]), None):
+        told = [f"{place}, at step {step}" if place != "None" else "the start" for place, step in (starts[0], other)]
+        raise InputError(f"one process begins at {told[0]}, another at {told[1]}: expected an output_dir that all of them see")
 
 
 def ppo_config(settings) -> PPOConfig:

@@ -158,20 +158,28 @@ class QtypeClassifier:
             raise InputError(f"--encoder {name} is not the encoder of this classifier, expected the one of its training")
 
 
-def require_both_labels(constrained: np.ndarray, path: str) -> None:
-    """Raise InputError unless each fold of [rows] truth values, those of `path`, can have a row of either label."""
+def first_places(texts: Sequence[str]) -> list[int]:
+    """The rows whose text is none before it, whatever its capitals and white space."""
+    return sorted({" ".join(text.split()).casefold(): row for row, text in reversed(list(enumerate(texts)))}.values())
+
+
+def require_both_labels(texts: Sequence[str], constrained: np.ndarray, path: str) -> None:
+    """Raise InputError unless each fold of [rows] truth values, those of `path`, can have a row of either label; equal texts are one."""
+    constrained = constrained[first_places(texts)]
     count = int(constrained.sum())
     if min(count, len(constrained) - count) < FOLDS:
-        raise InputError(f"{path}: {count} CONSTRAINED and {len(constrained) - count} OPENENDED rows, expected at least {FOLDS} of each")
+        raise InputError(
+            f"{path}: {count} CONSTRAINED and {len(constrained) - count} OPENENDED rows of different texts, expected at least {FOLDS} of each"
+        )
 
 
 def cross_validate(texts: Sequence[str], embeddings: np.ndarray, constrained: np.ndarray, seed: int) -> dict:
     """Accuracy on each of five stratified folds by a classifier trained on the other four, words and all; a text that comes again is left out.
 
     Returns:
-        "accuracy" over all different texts, its "standard_error" (binomial), "by_fold", and the "majority" label's share of the rows.
+        "accuracy" over all different texts, its "standard_error" (binomial), "by_fold", and the "majority" label's share of these.
     """
-    first = sorted({" ".join(text.split()).casefold(): row for row, text in reversed(list(enumerate(texts)))}.values())
+    first = first_places(texts)
     texts, embeddings, constrained = [texts[row] for row in first], embeddings[first], constrained[first]
     right = np.zeros(len(texts), dtype=bool)
     by_fold = []

@@ -56,16 +56,22 @@ class ScoredRun:
     kl_of: str = ""
 
 
+def ranked(curve: np.ndarray) -> np.ndarray:
+    """The ranks of a curve's values, ties at their mean rank. Values that agree in twelve digits are ties: means of equal sums may not."""
+    return scipy.stats.rankdata([float(f"{value:.12g}") for value in np.asarray(curve).tolist()])
+
+
 def spearman(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """Spearman's rank correlation of two curves, ties at their mean rank; None where either is constant."""
-    if len(set(np.asarray(proxy).tolist())) < 2 or len(set(np.asarray(gold).tolist())) < 2:
+    ranks = ranked(proxy), ranked(gold)
+    if any(np.ptp(own) == 0 for own in ranks):
         return None
-    return float(scipy.stats.spearmanr(proxy, gold).statistic)
+    return float(scipy.stats.spearmanr(*ranks).statistic)
 
 
 def kendall(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """Kendall's tau-b of two curves; None where either is constant."""
-    value = float(scipy.stats.kendalltau(proxy, gold).statistic)
+    value = float(scipy.stats.kendalltau(ranked(proxy), ranked(gold)).statistic)
     return value if math.isfinite(value) else None
 
 
@@ -76,7 +82,7 @@ def permutation_pvalue(proxy: np.ndarray, gold: np.ndarray) -> float | None:
     """
     if spearman(proxy, gold) is None:
         return None
-    one, other = (scipy.stats.rankdata(curve) - np.mean(scipy.stats.rankdata(curve)) for curve in (proxy, gold))
+    one, other = (ranked(curve) - np.mean(ranked(curve)) for curve in (proxy, gold))
     if len(one) <= EXACT_UP_TO:
         found = scipy.stats.permutation_test(
             [one],
@@ -198,7 +204,7 @@ def correlations(steps: list[int], proxy: np.ndarray, gold: np.ndarray, qtypes: 
     found = {
         "n": len(steps),
         "spearman": rho,
-        "pvalue": float(scipy.stats.spearmanr(*curves).pvalue) if rho is not None else None,
+        "pvalue": float(scipy.stats.spearmanr(*map(ranked, curves)).pvalue) if rho is not None else None,
         "exact_pvalue": permutation_pvalue(*curves),
         "kendall": kendall(*curves),
         "turning_point": turning_point(steps, proxy, gold),
@@ -234,7 +240,7 @@ def together(runs: Sequence[ScoredRun]) -> dict[str, dict]:
             rng = np.random.default_rng(0)
             drawn = np.zeros(RESAMPLES)
             for run in runs:
-                one, other = (scipy.stats.rankdata(scores.mean(axis=1)) for scores in (run.proxy, run.gold[gold]))
+                one, other = (ranked(scores.mean(axis=1)) for scores in (run.proxy, run.gold[gold]))
                 one, other = ((ranks - ranks.mean()) / ranks.std() for ranks in (one, other))
                 drawn += rng.permuted(np.tile(other, (RESAMPLES, 1)), axis=1) @ one / len(one)
             entry["pvalue"] = float((1 + (np.abs(drawn / len(runs)) >= abs(entry["mean"]) - 1e-9).sum()) / (1 + RESAMPLES))

@@ -87,7 +87,7 @@ def describe(found: dict, steps: list[int]) -> str:
         share, rows = found["agreement"]["share"], found["agreement"]["rows"]
         lines.append(f"prompt by prompt, gold moved with the proxy from step {steps[0]} to {steps[-1]} in {share:.1%} of {rows}")
     if found["turning_point"] is not None:
-        sign = "a sign of over-optimisation" if "interval" in found else "which means alone do not tell from chance"
+        sign = "a sign of over-optimisation" if "interval" in found else "which may be chance"
         lines.append(f"gold peaks at step {found['turning_point']} while the proxy rises beyond it, {sign}")
     return "\n".join(lines)
 

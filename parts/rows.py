@@ -40,12 +40,13 @@ class Problem(NamedTuple):
         return self.text if self.row is None else f"row {self.row}: {self.text}"
 
 
-def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> list[dict]:
+def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None], as_they_are: bool = False) -> list[dict]:
     """Read a list of objects from `.json` (one list) or `.jsonl` (one object a line), either also gzipped (`.gz`).
 
     Args:
         path: the file.
         fields: the fields every row must carry as text; a sequence of strings as value lists what is allowed. A prompt is never empty.
+        as_they_are: leave prompts that are spread over fields so.
 
     Returns:
         The rows, in file order, with all their fields.
@@ -55,7 +56,7 @@ def read_rows(path: str | Path, fields: Mapping[str, Sequence[str] | None]) -> l
             message is the first problem and the number of the others.
     """
     rows, problems = [], []
-    for number, row in iterate_rows(path):
+    for number, row in iterate_rows(path, as_they_are=as_they_are):
         if isinstance(row, Problem):
             if row.kind == JOINED:
                 say_once(f"{path}: {row}")
@@ -136,7 +137,11 @@ def is_heldout(prompt: str, share: float) -> bool:
 
 
 def iterate_rows(
-    path: str | Path, advance: Callable[[int], object] = lambda size: None, chunk: int = CHUNK, row_limit: int = ROW_LIMIT
+    path: str | Path,
+    advance: Callable[[int], object] = lambda size: None,
+    chunk: int = CHUNK,
+    row_limit: int = ROW_LIMIT,
+    as_they_are: bool = False,
 ) -> Iterator[tuple[int, object]]:
     """The rows of a `.json` or `.jsonl` file (also `.gz`) with their numbers, one at a time, in file order.
 
@@ -144,6 +149,7 @@ def iterate_rows(
         path: the file.
         advance: receives the number of bytes of the file that were read since its last call.
         chunk: bytes read at a time.
+        as_they_are: leave prompts that are spread over fields so.
         row_limit: characters that a row may have; reading ends at one that is longer (in a list, at twice as many).
 
     Yields:
@@ -164,8 +170,9 @@ def iterate_rows(
         chunks = itertools.chain([first] if first else [], chunks)
         joined = 0
         for number, row in read(chunks, offset, row_limit):
-            row = without_other_turns(row) if isinstance(row, dict) else row
-            whole = one_prompt(row, number) if isinstance(row, dict) else row
+            is_spread = isinstance(row, dict) and not as_they_are
+            row = without_other_turns(row) if is_spread else row
+            whole = one_prompt(row, number) if is_spread else row
             joined += isinstance(whole, dict) and whole is not row
             yield number, whole
         if number is None:

@@ -345,7 +345,7 @@ def _own_metrics(checkpoints: Sequence[Checkpoint]) -> dict[int, dict]:
     Either may be another run's by now. A run's own has the development rewards that its checkpoints record; another's is said and left out.
     """
     last = checkpoints[-1]
-    if "logging_dir" not in last.trained:
+    if not isinstance(last.trained.get("logging_dir"), str):
         return {}
     recorded, output = Path(last.trained["logging_dir"]), Path(last.trained.get("output_dir", ""))
     beside = [last.folder.parent / last.run / recorded.relative_to(output)] if last.run and recorded.is_relative_to(output) else []

@@ -205,7 +205,10 @@ def template_and_length(name: str, length: int, meta: Mapping, trained: Mapping)
     """
     name = name or meta.get("template") or trained.get("chat_template_name") or "alpaca"
     template = load_template_of(name, trained.get("tokenizer_name") or meta.get("model") or trained.get("model_name", ""))
-    return template, length or trained.get("output_max_length", LENGTH)
+    recorded = trained.get("output_max_length", LENGTH)
+    if not isinstance(recorded, int) or recorded < 1:
+        raise InputError(f"the run's record: 'output_max_length' is {recorded!r}, expected a whole number, at least 1")
+    return template, length or recorded
 
 
 def proxy_facts(proxy, template: ChatTemplate, output_max_length: int) -> dict:

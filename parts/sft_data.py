@@ -47,7 +47,7 @@ def read_examples(
 
     rows = check_rows(path, {"input": None, "output": None}, against)
     kept, empty, long_sentence = [], 0, 0
-    for number, row in enumerate(rows, start=1):
+    for number, (row, prompt) in enumerate(zip(rows, encode_rows(tokenizer, template, rows, "input", str(path))), start=1):
         answer: str | None = row["output"].strip()
         if not answer:
             empty += 1
@@ -60,12 +60,11 @@ def read_examples(
         if answer is None:
             long_sentence += 1
         else:
-            kept.append((row, answer))
-    prompts = encode_rows(tokenizer, template, [row for row, _ in kept], "input")
-    answers = encode_answers(tokenizer, template, [answer for _, answer in kept])
+            kept.append((row, prompt, answer))
+    answers = encode_answers(tokenizer, template, [answer for _, _, answer in kept])
     examples = [
         {"input": row["input"], "input_ids": prompt + answer, "labels": [NOT_LEARNT] * len(prompt) + answer}
-        for (row, _), prompt, answer in zip(kept, prompts, answers)
+        for (row, prompt, _), answer in zip(kept, answers)
         if len(prompt) + len(answer) <= settings.max_length
     ]
     left_out = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,26 +91,35 @@ def _instances(path: Path, name: str, limit: int) -> list[Instance]:
     return found
 
 
-def superni_prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input.
+def superni_prompts(instances: Sequence[Instance], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts' tokens, `PROMPT_TOKENS` at most: what is too much is cut off the end of the instance's input, then of the definition.
+
+    How many are cut is said, and of which tasks nothing of the input is left: the default track has a definition that alone is longer.
 
     Raises:
-        InputError: the definition alone is too long.
+        InputError: the template alone is too long.
     """
-    (tokens,) = encode_instructions(tokenizer, template, [instance.instruction])
-    text_tokens = tokenizer(instance.text, add_special_tokens=False)["input_ids"]
-    excess = len(tokens) - PROMPT_TOKENS
-    while excess > 0 and text_tokens:
-        text_tokens = text_tokens[: max(0, len(text_tokens) - excess)]
-        shorter = f"{instance.definition}\n\n{tokenizer.decode(text_tokens)}"
-        (tokens,) = encode_instructions(tokenizer, template, [shorter])
-        excess = len(tokens) - PROMPT_TOKENS
-    if excess > 0:
-        raise InputError(
-            f"{instance.task}: its definition alone makes a prompt of {len(tokens)} tokens, expected {PROMPT_TOKENS} at most "
-            "(--superni_tasks names other tasks)"
-        )
-    return tokens
+    found = [_prompt(instance, template, tokenizer) for instance in instances]
+    cut, bare = (Counter(instance.task for instance, (_, how) in zip(instances, found) if how >= least) for least in (1, 2))
+    if cut:
+        print(f"SuperNI, {template.name}: {cut.total()} of {len(found)} prompts are cut to {PROMPT_TOKENS} tokens")
+    for task, count in bare.items():
+        print(f"SuperNI, {template.name}: {task}: its definition is so long that nothing is left of the input of {count} instances")
+    return [tokens for tokens, _ in found]
+
+
+def _prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """A prompt's tokens, and how it was cut: 0 not at all, 1 in its input, 2 in its definition."""
+    (tokens,), how = encode_instructions(tokenizer, template, [instance.instruction]), 0
+    kept = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (instance.definition, instance.text)]
+    while (excess := len(tokens) - PROMPT_TOKENS) > 0:
+        last = 1 if kept[1] else 0
+        if not kept[last]:
+            raise InputError(f"chat template '{template.name}': alone it has {len(tokens)} tokens, expected {PROMPT_TOKENS} at most")
+        kept[last] = kept[last][: max(0, len(kept[last]) - excess)]
+        definition = instance.definition if last else tokenizer.decode(kept[0])
+        (tokens,), how = encode_instructions(tokenizer, template, [f"{definition}\n\n{tokenizer.decode(kept[1])}"]), 2 - last
+    return tokens, how
 
 
 def superni_rows(instances: Sequence[Instance], predictions: Sequence[str]) -> list[dict]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 MEMORY = Path("/dev/shm")  # where a folder is in memory
+SLICE = 1024  # responses that vLLM draws before they are kept: an interruption loses no more
 
 
 def load_vllm(model: str, dtype: str, length: int, rank: int, **options: object) -> LLM:
@@ -100,8 +101,11 @@ class VLLMEngine:
         seeds = [row_seed(seed, stream, row, sample) for row, sample in zip(rows, samples or [0] * len(rows))]
         settings = sampling_settings(decoding, seeds, ends or [self.tokenizer.eos_token_id])
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        for place, output in enumerate(self.engine.generate(inputs, settings, lora_request=request, use_tqdm=description is not None)):
-            finished(place, list(output.outputs[0].token_ids))
+        for start in range(0, len(inputs), SLICE):
+            part = slice(start, start + SLICE)
+            outputs = self.engine.generate(inputs[part], settings[part], lora_request=request, use_tqdm=description is not None)
+            for place, output in enumerate(outputs, start=start):
+                finished(place, list(output.outputs[0].token_ids))
 
 
 class PolicyEngine:

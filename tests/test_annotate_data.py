@@ -476,8 +476,10 @@ def test_what_a_classifier_refuses(tmp_path):
     for other in (embeddings[1], embeddings[0][:3]):
         with pytest.raises(InputError, match="--encoder other is not the encoder of this classifier"):
             classifier.check_encoder("other", other)
-    with pytest.raises(InputError, match="rows.json: 4 CONSTRAINED and 10 OPENENDED rows, expected at least 5 of each"):
-        require_both_labels(constrained[:14], "rows.json")
+    with pytest.raises(InputError, match="rows.json: 4 CONSTRAINED and 10 OPENENDED rows of different texts, expected at least 5 of each"):
+        require_both_labels(texts[:14], constrained[:14], "rows.json")
+    with pytest.raises(InputError, match="1 CONSTRAINED and 10 OPENENDED rows of different texts"):
+        require_both_labels([*texts[:10], *[" The  SAME", "the same"] * 3], constrained[:16], "rows.json")
     with pytest.raises(InputError, match="no word stands in two of 2 labelled instructions"):
         QtypeClassifier.fit(["one", "two"], embeddings[9:11], constrained[9:11], embeddings[0], {})
     with pytest.raises(InputError, match="none/classifier.json: no such file"):

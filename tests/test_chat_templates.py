@@ -121,3 +121,30 @@ def test_a_template_that_cannot_render_is_named(tmp_path, monkeypatch, source, m
     monkeypatch.setattr("parts.chat_templates.FOLDER", tmp_path)
     with pytest.raises(InputError, match=message):
         load_template("mine")
+
+
+def test_of_several_named_templates_the_default_counts(tiny_model):
+    from parts.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    own = load_template("tokenizer", tokenizer)
+    tokenizer.chat_template = {"tool_use": "{{ messages }}", "default": own.source}
+    assert load_template("tokenizer", tokenizer) == own
+    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}
+    with pytest.raises(InputError, match="has no chat template of its own, but others called tool_use, rag"):
+        load_template("tokenizer", tokenizer)
+
+
+def test_a_row_that_a_template_refuses_is_named(tiny_model):
+    """Gemma's template, for one, takes no system turn."""
+    from parts.chat_templates import ChatTemplate, encode_rows
+    from parts.models import load_tokenizer
+
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = ChatTemplate("tokenizer", source, ("</s>",), ("<s>",))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    rows = [{"input": "Hi."}, {"input": "Hi.", "messages": turns}]
+    with pytest.raises(InputError, match="chat.json: row 2: chat template 'tokenizer': it cannot be rendered .*no system role"):
+        encode_rows(load_tokenizer(str(tiny_model)), template, rows, "input", "chat.json")

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, run_script
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
-from parts.counting import _Follower, cache_bytes, count, meta_policy, policy_operations, sampling_kernels, torchs_counter, trainer_pass
+from parts.counting import Follower, cache_bytes, count, meta_policy, policy_operations, sampling_kernels, torchs_counter, trainer_pass
 from parts.errors import InputError
 from parts.ppo_policy import predict_or_forward
 
@@ -84,7 +84,7 @@ def test_memory_of_a_pass(llama):
 
 def test_tensors_are_followed_while_they_live():
     layer = nn.Linear(10, 100, device="meta")
-    with torch.no_grad(), _Follower(layer) as alive:
+    with torch.no_grad(), Follower(layer) as alive:
         x = torch.zeros(5, 10, device="meta")
         found = layer(x)
         assert (alive.now, alive.peak) == (200 + 2000, 200 + 2000)

@@ -23,7 +23,7 @@ from evaluation import EvaluationSettings, read_decoding, template_name
 from parts.errors import InputError
 from parts.files import read_json
 from parts.runs import BaseModel, Checkpoint, checkpoints_of, find_adapters
-from parts.superni import Instance, normalise, read_instances, score, summarise, superni_prompt
+from parts.superni import Instance, normalise, read_instances, score, summarise, superni_prompts
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +272,44 @@ def test_superni_prompts_are_cut_at_the_end_of_the_input(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     template = load_template("tokenizer", tokenizer)
     instance = Instance("t", "c", "1", "Say what is said.", "rain " * 2000, ("rain",))
-    tokens = superni_prompt(instance, template, tokenizer)
+    (tokens,) = superni_prompts([instance], template, tokenizer)
     assert 500 < len(tokens) <= 512
     text = tokenizer.decode(tokens)
     assert "Say what is said." in text and text.endswith("<|im_start|>assistant\n")
     short = Instance("t", "c", "1", "Say it.", "rain", ("rain",))
-    assert tokenizer.decode(superni_prompt(short, template, tokenizer)) == template.render("Say it.\n\nrain")
+    (tokens,) = superni_prompts([short], template, tokenizer)
+    assert tokenizer.decode(tokens) == template.render("Say it.\n\nrain")
+
+
+def test_a_superni_definition_that_is_too_long_is_cut_too(tiny_model, capsys):
+    """Every task of the default track has its prompts; the template's frame stays whole."""
+    from parts.chat_templates import load_template
+    from parts.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    template = load_template("tokenizer", tokenizer)
+    instances = [Instance(task, "c", "1", definition, text, ("x",)) for task, definition, text in (
+        ("long", "Count " * 900, "the rain"), ("long", "Count " * 900, "the snow"), ("wordy", "Count.", "rain " * 900), ("short", "Count.", "rain"),
+    )]  # fmt: skip
+    first, second, wordy, short = superni_prompts(instances, template, tokenizer)
+    assert 500 < len(first) <= 512 and first == second and 500 < len(wordy) <= 512 > len(short)
+    for tokens in (first, wordy):
+        text = tokenizer.decode(tokens)
+        assert "Count" in text and text.endswith("<|im_start|>assistant\n")
+    assert capsys.readouterr().out.splitlines() == [
+        "SuperNI, tokenizer: 3 of 4 prompts are cut to 512 tokens",
+        "SuperNI, tokenizer: long: its definition is so long that nothing is left of the input of 2 instances",
+    ]
+
+
+def test_flags_of_decoding_are_alpaca_s_where_superni_runs_too():
+    def read(*evaluations):
+        settings = EvaluationSettings(base_model_name="m", evaluations=list(evaluations), temperature=0.7, max_new_tokens=30)
+        return [(found.max_new_tokens, found.temperature) for found in (read_decoding(settings, name) for name in evaluations)]
+
+    assert read("superni", "alpaca") == [(128, 0.0), (30, 0.7)]
+    assert read("alpaca", "superni") == [(30, 0.7), (128, 0.0)]
+    assert read("superni") == [(30, 0.7)]
 
 
 @pytest.mark.parametrize(
@@ -440,3 +472,15 @@ def test_checkpoints_of_two_tokenizers_are_two_calls(tiny_model, eval_file, tmp_
     assert done.returncode == 2 and done.stderr == f"error: {said}, which is another one, expected a call for each\n"
     done = run_script(*words, tmp_path / "b_step_1")
     assert done.returncode == 2 and "no adapter_model.safetensors" in done.stderr  # what comes after it
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_model_name": [""]}, "--peft_model_name is empty, expected checkpoints"),
+        ({"engine": "vllm", "device": "cuda:1"}, "--device is for --engine hf: CUDA_VISIBLE_DEVICES says which GPU vLLM takes"),
+    ],
+)
+def test_evaluation_settings_that_would_be_ignored(settings, message):
+    with pytest.raises(InputError, match=message):
+        EvaluationSettings(base_model_name="m", **settings)

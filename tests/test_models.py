@@ -78,7 +78,8 @@ def test_what_counts_as_an_end(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("new", "message"), [(64, None), (65, "it has 96 positions, and the longest prompt has 32 tokens: .* expected at most 64")]
+    ("new", "message"),
+    [(64, None), (65, "it has 96 positions, and the longest prompt, row 1, has 32 tokens: .* expected at most 64")],
 )
 def test_room_for_prompt_and_response(tiny_model, tmp_path, new, message):
     from transformers import GPT2Config
@@ -90,6 +91,8 @@ def test_room_for_prompt_and_response(tiny_model, tmp_path, new, message):
         facts.require_room([[399]], new, "--output_max_length")
         with pytest.raises(InputError, match="the tokenizer gives id 400, expected less than the model's vocabulary of 400"):
             facts.require_room([[5, 400]], new, "--output_max_length")
+        with pytest.raises(InputError, match="longest prompt, row 2, has 96 tokens, expected fewer: no token of a response has room"):
+            facts.require_room([[5] * 32, [6] * 96], 1, "--output_max_length")
     else:
         with pytest.raises(InputError, match=message):
             facts.require_room([[5] * 32, [6]], new, "--output_max_length")
@@ -120,7 +123,7 @@ def test_no_room_is_told_before_the_model_loads(tiny_model, rows_file, eval_file
         flag = "--max_new_tokens=120"
     done = run_script(script, *words, flag)
     assert done.returncode == 2
-    assert f"{folder}: it has 96 positions, and the longest prompt has" in done.stderr and flag.replace("=", " is ") in done.stderr
+    assert f"{folder}: it has 96 positions, and the longest prompt, row" in done.stderr and flag.replace("=", " is ") in done.stderr
 
 
 def test_no_end_token_at_all_is_refused(tiny_model, tmp_path):

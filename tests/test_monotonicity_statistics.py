@@ -27,6 +27,9 @@ def test_correlations():
     assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
     assert kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)  # five pairs agree, one does not
     assert spearman([1, 1, 1], [1, 2, 3]) is None and kendall([1, 1, 1], [1, 2, 3]) is None
+    tie = [0.4934375, 0.49343750000000003, 0.5034375]  # means of equal sums, whose last bits differ
+    assert spearman(tie, [1, 2, 3]) == spearman(tie, [2, 1, 3]) == pytest.approx(3**0.5 / 2)
+    assert spearman(tie[:2], [1, 2]) is None
 
 
 @pytest.mark.parametrize(

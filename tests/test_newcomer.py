@@ -136,9 +136,7 @@ def test_over_optimisation_is_said_where_prompts_show_it():
         found = correlations([1, 2, 3, 4], proxy, gold, [None] * 40)
         assert ("a sign of over-optimisation" in describe(found, [1, 2, 3, 4])) is is_said
     means = correlations([1, 2, 3, 4], proxy, np.array([[0.0], [2.0], [1.0], [0.0]]), [None] * 40)
-    assert "gold peaks at step 2 while the proxy rises beyond it, which means alone do not tell from chance" in describe(
-        means, [1, 2, 3, 4]
-    )
+    assert "gold peaks at step 2 while the proxy rises beyond it, which may be chance" in describe(means, [1, 2, 3, 4])
 
 
 def test_a_merged_model_is_the_adapter_on_its_base(tiny_model, tmp_path):

@@ -534,6 +534,21 @@ def test_turns_that_are_not_the_prompt_are_left_out(tmp_path, monkeypatch):
     assert json.loads(target.read_text(encoding="utf-8")) == [{"input": "Name a dog.", "output": "Rex"}] * 3
 
 
+@pytest.mark.parametrize("name", ["both.jsonl", "both.json", "both.parquet"])
+def test_turns_beside_the_columns_asked_for_are_not_read(tmp_path, monkeypatch, name):
+    path, target = tmp_path / name, tmp_path / "rows.json"
+    turns = [{"role": "user", "content": "Name a dog."}, {"role": "tool", "content": "{}"}]
+    rows = [{"question": "Name a dog.", "answer": "Rex", "messages": turns}]
+    if name.endswith("parquet"):
+        write_table(path, rows)
+    else:
+        path.write_text(json.dumps(rows if name.endswith("json") else rows[0]), encoding="utf-8")
+    run(monkeypatch, path, "--input_column=question", "--output_column=answer", "--output", target)
+    assert json.loads(target.read_text(encoding="utf-8")) == [{"input": "Name a dog.", "output": "Rex"}]
+    with pytest.raises(InputError, match="row 1: field 'messages' has the roles"):
+        run(monkeypatch, path, "--output", tmp_path / "other.json")
+
+
 def test_one_column_is_not_both(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--input_column and --output_column are both 'text', expected two columns"):
         run(monkeypatch, tmp_path / "a.json", "--input_column=text", "--output_column=text", "--output", tmp_path / "b.json")

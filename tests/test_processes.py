@@ -176,12 +176,18 @@ def test_two_machines(tiny_model, rows_file, tmp_path):
     ("bf16", 3, "DeepSpeed with ZeRO stage 3, expected stage 2"),
 ])  # fmt: skip
 def test_launches_that_no_run_resumes_from_are_refused(precision, stage, message):
+    from accelerate.utils import DistributedType
+
     from parts.errors import InputError
     from parts.ppo_setup import check_launch
 
     plugin = SimpleNamespace(zero_stage=stage) if stage else None
-    launched = SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=plugin))
+    kind = DistributedType.DEEPSPEED if stage else DistributedType.NO
+    launched = SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=kind)
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        check_launch(launched)
+    launched.distributed_type = DistributedType.FSDP
+    with pytest.raises(InputError, match="launched as FSDP, expected one process, several"):
         check_launch(launched)
 
 

@@ -103,6 +103,19 @@ def test_messages(tmp_path, tiny_model):
     assert mistral.render_row(rows[1], "instruction") == "[INST] Hi. [/INST] Hello.</s>[INST] Name a cat. [/INST]"
     assert mistral.render_row(rows[2], "instruction") == "[INST] Be brief.\n\nName a dog. [/INST]"
     assert mistral.render_row(rows[0], "instruction") == "[INST] Name a river. [/INST]"
+    turns = [
+        ("system", "Be brief."),
+        ("assistant", "Hello."),
+        ("user", "Hi."),
+        ("assistant", "Yes?"),
+        ("system", "It is late."),
+        ("user", "Time?"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns], "instruction": ""}
+    assert load_template("alpaca").render_row(row, "instruction").split("\n\n", 1)[1] == (
+        "### Response:\nHello.\n\n### Instruction:\nBe brief.\n\nHi.\n\n### Response:\nYes?\n\n"
+        "### Instruction:\nIt is late.\n\nTime?\n\n### Response:"
+    )
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,29 @@ def test_what_a_reward_function_imports_from_its_folder_is_its_code(tmp_path):
     assert source() == before
     (tmp_path / "weights.py").write_text("from kit import scale\nW = 2\n")
     assert source() != before
+
+
+def test_a_broken_checkpoint_is_none_of_the_newest(tmp_path, monkeypatch):
+    """Else it would be kept in the place of the one just saved."""
+    from parts import ppo_checkpoints
+
+    for step in (0, 500, 1000, 1500):
+        folder = tmp_path / f"run_step_{step}"
+        folder.mkdir()
+        (folder / ppo_checkpoints.RECORD).write_text(json.dumps({"step": step}), encoding="utf-8")
+    monkeypatch.setattr(ppo_checkpoints, "fault", lambda folder: "cut short" if folder.name.endswith("1500") else None)
+    ppo_checkpoints.prune(str(tmp_path / "run"), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_step_0", "run_step_1000", "run_step_1500"]
+
+
+def test_processes_that_begin_apart_are_refused(monkeypatch):
+    from pathlib import Path
+
+    from parts import ppo_setup
+
+    others = {"starts": []}
+    monkeypatch.setattr(ppo_setup, "gather_object", lambda own: own + others["starts"])
+    ppo_setup.check_same_start(Path("out_step_500"), 500)
+    others["starts"] = [("None", 0)]
+    with pytest.raises(InputError, match="one process begins at out_step_500, at step 500, another at the start: expected an output_dir"):
+        ppo_setup.check_same_start(Path("out_step_500"), 500)

@@ -442,6 +442,25 @@ def test_a_target_without_li_is_refused_and_in_a_record_it_is_idle():
     assert proxy_of_run({"reward_offload": True, "uwo_coefficient": 0.5, "repetition_penalty": False}).repetition_penalty is False
     assert proxy_of_run({"length_target": 50}, typed={"length_incentive": False}).length_target == 0
     assert proxy_of_run({"length_target": 50}).length_target == 50
+    with pytest.raises(InputError, match="--length_target is 40 and --length_incentive is off"):
+        proxy_of_run(trained, typed={"length_target": 40})
+    for idle in ({"uwo_coefficient": 0.7}, {"reward_offload": True}, {"length_incentive": False, "length_target": 3}):
+        with pytest.raises(InputError, match="expected"):
+            proxy_of_run({}, typed=idle)
+
+
+def test_another_reward_takes_nothing_of_the_recorded_one(capsys):
+    """Neither its weights nor its kind; what judges is what the user named."""
+    functions = {"reward_function": ["x.py:f", "y.py:g"], "reward_weights": [1, -5]}
+    assert proxy_of_run(functions).reward_weights == [1, -5]
+    found = proxy_of_run(functions, typed={"reward_function": ["z.py:h", "w.py:k"]})
+    assert (found.reward_weights, found.functions) == ([], "1 * z.py:h + 1 * w.py:k")
+    assert proxy_of_run(functions, typed={"reward_function": ["z.py:h"], "reward_weights": [2.0]}).functions == "2 * z.py:h"
+    assert proxy_of_run(functions, typed={"reward_model_name": ["a/b"]}).named == "a/b"
+    learned = {"reward_model_name": "a/b", "reward_ensemble": "mean"}
+    assert proxy_of_run(learned, typed={"reward_function": ["z.py:h"]}).functions == "z.py:h"
+    assert capsys.readouterr().out == ""
+    assert proxy_of_run(learned).relevance_scaling and "judged by the full proxy design" in capsys.readouterr().out
 
 
 def test_a_reward_function_needs_a_file_and_a_name():

@@ -169,3 +169,34 @@ def test_positional_words_and_help(capsys):
         parse_settings(WithFiles, ["--help"])
     shown = capsys.readouterr().out
     assert "a rate (default: 0.5)" in shown and "--no_active" not in shown
+
+
+def test_a_configuration_is_one_file_whose_keys_come_once(tmp_path):
+    """A second file, or a second value, would take the first one's place without a word."""
+    config = tmp_path / "c.yaml"
+    config.write_text("rate: 1e-4\nsteps: 3\nrate: 2\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"c.yaml: broken YAML \('rate' comes twice, the second time at line 3\)"):
+        parse_settings(Example, [f"--config={config}"])
+    config.write_text("rate: 1e-4\n", encoding="utf-8")
+    with pytest.raises(InputError, match="--config is given 2 times, expected one file"):
+        parse_settings(Example, [f"--config={config}", "--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--warmup_ratio=0.1"], "--warmup_ratio is 0.1, which nothing reads without --use_optimizer_setup=true"),
+        (["--target_kl=0.1"], "--target_kl is 0.1, which nothing reads without --early_stopping=true"),
+        (["--adap_kl_ctrl=false", "--adap_kl_target=3"], "--adap_kl_target is 3.0, which nothing reads without --adap_kl_ctrl=true"),
+        (["--vllm_gpu_memory_utilization=0.5"], "which nothing reads without --rollout_engine vllm"),
+        (["--lora_dropout=1"], "--lora_dropout is 1.0, expected less than 1"),
+        (["--lora_dropout=-3"], "--lora_dropout is -3.0, expected"),
+    ],
+)
+def test_ppo_settings_that_nothing_reads_are_refused(words, message):
+    from run_ppo import PPOSettings
+
+    needed = ["--model_name=m", "--dataset_path=d.json", "--dev_prompt_path=e.json"]
+    parse_settings(PPOSettings, needed)
+    with pytest.raises(InputError, match=message):
+        parse_settings(PPOSettings, [*needed, *words])
