@@ -350,10 +350,10 @@ def classify(
 ) -> tuple[list[str], dict]:
     """The query types of instructions by the classifier of a folder, and the record of its training.
 
-    With `train_from`, a file of labelled rows, the classifier is trained and measured first; `seed` is that of the folds.
+    With `train_from`, a file of labelled rows, the classifier is trained and measured first, unless it was on these; `seed` is that of the folds.
 
     Raises:
-        InputError: no classifier, another encoder than that of its training, or unusable labelled rows.
+        InputError: no classifier, one that was trained on other rows than `train_from`, another encoder than that of its training, or unusable labelled rows.
     """
     path = Path(folder) / "classifier.json"
     if train_from:
@@ -362,10 +362,10 @@ def classify(
         constrained = np.array([row["qtype"] == "CONSTRAINED" for row in rows])
         require_both_labels(texts, constrained, train_from)
         hold(path)
-    own = {"digest": file_digest(train_from), "encoder": encoder_name, "seed": seed} if train_from else {}
+    own = {"digest": file_digest(train_from), "seed": seed} if train_from else {}
     classifier = QtypeClassifier.load(path) if path.is_file() or not train_from else None
     if classifier and any(classifier.record.get(name) != value for name, value in own.items()):
-        raise InputError(f"{path}: exists already, trained on other rows, another encoder or seed; expected another --model")
+        raise InputError(f"{path}: exists already, trained on other rows or with another seed; expected another --model")
     check_model_name(encoder_name)
 
     from parts.relevance import RelevanceModel
@@ -381,7 +381,7 @@ def classify(
             f"the commoner label {measured['majority']:.4f}; by fold {', '.join(f'{value:.4f}' for value in measured['by_fold'])})"
         )
         record = provenance(
-            train_from=train_from, rows=len(rows), cross_validation=measured, **own,
+            train_from=train_from, rows=len(rows), encoder=encoder_name, cross_validation=measured, **own,
         )  # fmt: skip
         classifier = QtypeClassifier.fit(texts, vectors, constrained, probe, record)
         classifier.save(path)

@@ -299,9 +299,10 @@ class _Words(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise ValueError(f"{key.value!r} comes twice, the second time at line {key.start_mark.line + 1}")
-            seen.add(key.value if isinstance(key.value, str) else "")
+            name = str(key.value)
+            if name in seen:
+                raise ValueError(f"{name!r} comes twice, the second time at line {key.start_mark.line + 1}")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

@@ -20,6 +20,7 @@ from parts.chat_templates import ChatTemplate, encode_instructions
 from parts.errors import InputError
 from parts.files import read_json, read_text
 from parts.overlap import rouge_l
+from parts.processes import is_first_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,16 +102,18 @@ def superni_prompts(instances: Sequence[Instance], template: ChatTemplate, token
     """
     found = [_prompt(instance, template, tokenizer) for instance in instances]
     cut, bare = (Counter(instance.task for instance, (_, how) in zip(instances, found) if how >= least) for least in (1, 2))
-    if cut:
+    if cut and is_first_process():
         print(f"SuperNI, {template.name}: {cut.total()} of {len(found)} prompts are cut to {PROMPT_TOKENS} tokens")
-    for task, count in bare.items():
+    for task, count in bare.items() if is_first_process() else ():
         print(f"SuperNI, {template.name}: {task}: its definition is so long that nothing is left of the input of {count} instances")
     return [tokens for tokens, _ in found]
 
 
 def _prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """A prompt's tokens, and how it was cut: 0 not at all, 1 in its input, 2 in its definition."""
-    (tokens,), how = encode_instructions(tokenizer, template, [instance.instruction]), 0
+    """A prompt's tokens, and how it was cut: 0 not at all, 1 in part of its input, 2 so far that nothing is left of it."""
+    (tokens,) = encode_instructions(tokenizer, template, [instance.instruction])
+    if len(tokens) <= PROMPT_TOKENS:
+        return tokens, 0
     kept = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (instance.definition, instance.text)]
     while (excess := len(tokens) - PROMPT_TOKENS) > 0:
         last = 1 if kept[1] else 0
@@ -118,8 +121,8 @@ def _prompt(instance: Instance, template: ChatTemplate, tokenizer: PreTrainedTok
             raise InputError(f"chat template '{template.name}': alone it has {len(tokens)} tokens, expected {PROMPT_TOKENS} at most")
         kept[last] = kept[last][: max(0, len(kept[last]) - excess)]
         definition = instance.definition if last else tokenizer.decode(kept[0])
-        (tokens,), how = encode_instructions(tokenizer, template, [f"{definition}\n\n{tokenizer.decode(kept[1])}"]), 2 - last
-    return tokens, how
+        (tokens,) = encode_instructions(tokenizer, template, [f"{definition}\n\n{tokenizer.decode(kept[1])}"])
+    return tokens, 1 if kept[1] else 2
 
 
 def superni_rows(instances: Sequence[Instance], predictions: Sequence[str]) -> list[dict]:

@@ -506,6 +506,12 @@ def test_a_classifier_is_trained_and_used_again(tmp_path, run_here):
     assert found == [{**rows[0], "qtype": "CONSTRAINED"}, {**rows[1], "qtype": "OPENENDED"}]
     record = json.loads((tmp_path / "second.meta.json").read_text(encoding="utf-8"))["classifier"]
     assert record["rows"] == 20 and record["cross_validation"]["accuracy"] == 1.0 and record["encoder"] == ENCODER
+    kept = (tmp_path / "kept" / "classifier.json").read_bytes()
+    again = run_script(*words, "--output", tmp_path / "third.json", "--train_from", train)
+    assert again.returncode == 0 and "five-fold" not in again.stdout
+    other = run_script(*words, "--output", tmp_path / "fourth.json", "--train_from", written(tmp_path / "more.json", labelled[1:]))
+    assert other.returncode == 2 and "classifier.json: exists already, trained on other rows or with another seed" in other.stderr
+    assert (tmp_path / "kept" / "classifier.json").read_bytes() == kept
 
 
 def test_the_material_is_no_part_of_the_instruction():
