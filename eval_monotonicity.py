@@ -185,6 +185,7 @@ class Run:
     template: ChatTemplate
     output_max_length: int
     one_training: bool = True  # whether all checkpoints were trained on the last one's reward
+    warnings: tuple[str, ...] = ()  # what may make its numbers other ones than its training saw
 
     @property
     def steps(self) -> list[int]:
@@ -222,9 +223,9 @@ def read_run(settings: MonotonicitySettings, typed: Mapping, prefix: str) -> Run
     proxy = proxy_of_run(trained, settings.batch_size, typed)
     proxy.check_reward()
     references = read_references(settings, checkpoints, proxy)
-    warn_of_changed_code(checkpoints[-1], proxy.reward_source())
+    warnings = tuple(warn_of_changed_code(checkpoints[-1], proxy.reward_source()))
     template, length = template_and_length(settings.chat_template_name, settings.output_max_length, checkpoints[-1].meta, trained)
-    return Run(prefix, checkpoints, trained, proxy, references, template, length, one_training(checkpoints, OF_THE_REWARD))
+    return Run(prefix, checkpoints, trained, proxy, references, template, length, one_training(checkpoints, OF_THE_REWARD), warnings)
 
 
 def check_gold_names(golds: Sequence[str], runs: Sequence[Run]) -> None:
@@ -387,8 +388,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
         run.name: read_gold_scores(table, run.steps, run.name, is_lone, len(run.checkpoints[0].rows)) if table else {} for run in runs
     }
     designs = name_designs(runs)
-    warn_of_other_training(runs, designs, OF_THE_REWARD)
-    warn_of_other_draws(runs)
+    unlike = warn_of_other_training(runs, designs, OF_THE_REWARD) + warn_of_other_draws(runs)
     golds = dict(zip(settings.gold_model, short_names(settings.gold_model)))
     check_gold_names([*golds.values(), *tabled[runs[0].name]], runs)
     require_readers({run.name: run.proxy for run in runs}, typed)
@@ -447,6 +447,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
             seed=run.checkpoints[0].meta.get("seed"),
             policy=run.checkpoints[0].meta.get("model"),
             proxy=asdict(run.proxy),
+            warnings=list(run.warnings),
         )
         for run in runs
     ]
@@ -456,6 +457,7 @@ def judge_runs(settings: MonotonicitySettings, gold_settings: GoldSettings, type
     by_run = {
         name: {run.name: record[name] for run, record in zip(runs, records)} for name in ("template", "decoding", "seed", "policy", "proxy")
     }
+    by_run["warnings"] = [line for run in runs for line in run.warnings] + unlike
     if len(set(designs)) > 1 or curves:
         seeds = {design: [found for found in scored if found.design == design] for design in dict.fromkeys(designs)}
         agreed = {design: together(own) for design, own in seeds.items() if len(own) > 1}

@@ -61,37 +61,47 @@ def one_training(checkpoints: Sequence[Checkpoint], reward: Collection[str]) -> 
     return alike
 
 
-def warn_of_changed_code(checkpoint: Checkpoint, source: dict[str, str]) -> None:
-    """One line where the reward's code is not what it was in training: the run would be judged by another reward than its own."""
+def _warn(lines: list[str]) -> list[str]:
+    """The lines, once they are printed."""
+    for line in lines:
+        print(f"warning: {line}")
+    return lines
+
+
+def warn_of_changed_code(checkpoint: Checkpoint, source: dict[str, str]) -> list[str]:
+    """A line where the reward's code is not what it was in training: the run would be judged by another reward than its own."""
     recorded = _table(checkpoint.record, "reward_source")
-    for name, own in source.items():
-        if recorded.get(name, own) != own:
-            print(f"warning: {name} has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is")
+    changed = [name for name, own in source.items() if recorded.get(name, own) != own]
+    told = f"has changed since {checkpoint.folder.name} was trained; its proxy is computed with the file as it is"
+    return _warn([f"{name} {told}" for name in changed])
 
 
-def warn_of_other_training(runs: Sequence, designs: Sequence[str], reward: Collection[str]) -> None:
-    """One line for each run that was trained with other settings, besides its reward, than the first run, or the first of its design.
+def warn_of_other_training(runs: Sequence, designs: Sequence[str], reward: Collection[str]) -> list[str]:
+    """A line for each run that was trained with other settings, besides its reward, than the first run, or the first of its design.
 
     Args:
         reward: the settings that are the reward's, which runs of two designs differ in.
     """
     first: dict[str, object] = {}
+    lines = []
     for run, design in zip(runs, designs):
         seed, one = design in first, first.get(design, runs[0])
         first.setdefault(design, run)
         differences = training_differences(run.checkpoints[-1], one.checkpoints[-1], {"seed", *(() if seed else reward)})
         if differences:
             how = "counts as another seed of" if seed else "is compared with"
-            print(f"warning: {run.name} {how} {one.name}, and was trained with another {', '.join(differences)}")
+            lines.append(f"{run.name} {how} {one.name}, and was trained with another {', '.join(differences)}")
+    return _warn(lines)
 
 
-def warn_of_other_draws(runs: Sequence) -> None:
-    """One line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
-    first = runs[0]
+def warn_of_other_draws(runs: Sequence) -> list[str]:
+    """A line for each run whose rollouts were sampled otherwise than the first run's: part of their difference may be that."""
+    first, lines = runs[0], []
     for run in runs[1:]:
         metas = run.checkpoints[0].meta, first.checkpoints[0].meta
         if names := [name for name in ("decoding", "template", "engine", "dtype") if metas[0].get(name) != metas[1].get(name)]:
-            print(f"warning: the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
+            lines.append(f"the rollouts of {run.name} were made with another {', '.join(names)} than those of {first.name}")
+    return _warn(lines)
 
 
 def check_start(samples: Samples, runs: Sequence) -> None:

@@ -106,7 +106,7 @@ def test_changed_reward_code_is_said(tmp_path, capsys):
     proxy = proxy_of_run({}, 4)
     for digest, warned in ((proxy.reward_source()["reward_model.py"], False), ("0" * 64, True)):
         (point.folder / "training_record.json").write_text(json.dumps({"reward_source": {"reward_model.py": digest}}), encoding="utf-8")
-        warn_of_changed_code(point, proxy.reward_source())
+        assert len(warn_of_changed_code(point, proxy.reward_source())) == warned
         assert ("reward_model.py has changed since run_step_1 was trained" in capsys.readouterr().out) is warned
 
 
@@ -592,6 +592,7 @@ def test_two_designs_from_the_command_line(tmp_path, tiny_gold):
         {"runs": ["li", "rp"], "golds": {"gold": {"difference": pytest.approx(0, abs=1e-5), "standard_error": pytest.approx(0, abs=1e-5)}}}
     ]
     assert content["provenance"]["proxy"]["rp"]["repetition_penalty"] is True
+    assert content["provenance"]["warnings"] == []
     for name in ("monotonicity.png", "report.html"):
         assert (tmp_path / "li+rp_monotonicity" / name).is_file()
     # Other prompts in one of them, and a third run of a design that is there already.
