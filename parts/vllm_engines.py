@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 MEMORY = Path("/dev/shm")  # where a folder is in memory
+CPU_MEMORY = 0.5  # the share of a machine's memory that evaluation's engine takes there
 SLICE = 1024  # responses that vLLM draws before they are kept: an interruption loses no more
 
 
@@ -36,7 +37,10 @@ def load_vllm(model: str, dtype: str, length: int, rank: int, **options: object)
     """
     from transformers import AutoConfig
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():  # where vLLM would ask for nearly all of the machine's memory, and what is in use already is not free
+        options.setdefault("gpu_memory_utilization", CPU_MEMORY)
     with loading(model, "a model for vLLM"):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
         length = min(length, getattr(config, "max_position_embeddings", length))
@@ -118,7 +122,7 @@ class PolicyEngine:
         dtype: of the policy's base.
         length: of prompt and response together, in tokens.
         rank: LoRA's.
-        memory: share of the GPU's memory that the engine may take; its CPU build is told by VLLM_CPU_KVCACHE_SPACE, in gigabytes.
+        memory: share of the GPU's memory that the engine may take, or of the machine's for its CPU build.
         device: the policy's, "cuda:1" for example.
     """
 
@@ -133,8 +137,7 @@ class PolicyEngine:
         before = {name: os.environ.pop(name) for name in (*hidden, *own) if name in os.environ}
         os.environ |= own
         try:
-            options = {} if device == "cpu" else {"gpu_memory_utilization": memory}
-            self.engine = load_vllm(model, dtype, length, rank, seed=seed, max_loras=1, **options)
+            self.engine = load_vllm(model, dtype, length, rank, seed=seed, max_loras=1, gpu_memory_utilization=memory)
         finally:
             for name in own:
                 del os.environ[name]
