@@ -460,7 +460,7 @@ def main() -> None:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     jobs = plan(settings, checkpoints, templates, tokenizer, data, instances, model, device)
     for job in jobs:
-        model.require_room(job.prompts, job.decoding.max_new_tokens, "--max_new_tokens")
+        model.require_room(job.prompts, job.decoding.max_new_tokens, "--max_new_tokens", are_rows=True)
     waiting = [job for job in jobs if settings.overwrite or not job.is_done()]
     hold(*(job.target for job in waiting))
     waiting = [job for job in waiting if settings.overwrite or not job.is_done()]  # another process may just have finished one

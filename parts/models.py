@@ -205,13 +205,17 @@ class ModelFacts:
             raise InputError(f"{self.name}: {told}: --max_length is {max_length}, expected at most {self.positions}")
         self.require_ids(rows)
 
-    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str) -> None:
-        """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says."""
+    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int, flag: str, are_rows: bool = False) -> None:
+        """Raise InputError for prompts with ids beyond the embeddings, or too long for as many new tokens as `flag` says.
+
+        `are_rows`: they are a file's rows, all of them, so that the message can name one.
+        """
         self.require_ids(prompts)
         lengths = list(map(len, prompts))
         longest = max(lengths)
+        where = f", row {lengths.index(longest) + 1}," if are_rows else ""
         if self.positions is not None and longest + new_tokens > self.positions:
-            told = f"{self.name}: it has {self.positions} positions, and the longest prompt, row {lengths.index(longest) + 1}, has {longest} tokens"
+            told = f"{self.name}: it has {self.positions} positions, and the longest prompt{where} has {longest} tokens"
             if longest >= self.positions:
                 raise InputError(f"{told}, expected fewer: no token of a response has room")
             raise InputError(f"{told}: {flag} is {new_tokens}, expected at most {self.positions - longest}")

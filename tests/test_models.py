@@ -92,10 +92,10 @@ def test_room_for_prompt_and_response(tiny_model, tmp_path, new, message):
         with pytest.raises(InputError, match="the tokenizer gives id 400, expected less than the model's vocabulary of 400"):
             facts.require_room([[5, 400]], new, "--output_max_length")
         with pytest.raises(InputError, match="longest prompt, row 2, has 96 tokens, expected fewer: no token of a response has room"):
-            facts.require_room([[5] * 32, [6] * 96], 1, "--output_max_length")
+            facts.require_room([[5] * 32, [6] * 96], 1, "--output_max_length", are_rows=True)
     else:
         with pytest.raises(InputError, match=message):
-            facts.require_room([[5] * 32, [6]], new, "--output_max_length")
+            facts.require_room([[5] * 32, [6]], new, "--output_max_length", are_rows=True)
 
 
 @pytest.mark.parametrize("script", ["run_ppo.py", "evaluation.py"])
@@ -123,7 +123,7 @@ def test_no_room_is_told_before_the_model_loads(tiny_model, rows_file, eval_file
         flag = "--max_new_tokens=120"
     done = run_script(script, *words, flag)
     assert done.returncode == 2
-    assert f"{folder}: it has 96 positions, and the longest prompt, row" in done.stderr and flag.replace("=", " is ") in done.stderr
+    assert f"{folder}: it has 96 positions, and the longest prompt" in done.stderr and flag.replace("=", " is ") in done.stderr
 
 
 def test_no_end_token_at_all_is_refused(tiny_model, tmp_path):
